@@ -1,0 +1,174 @@
+"""Any timm model at any layer, through timm's own feature interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from featinv.backbones.base import Backbone
+from featinv.config import nearest
+from featinv.errors import UserError
+from featinv.files import load_safetensors
+
+
+class TimmBackbone(Backbone):
+    """A timm model cut at a layer.
+
+    Args:
+        name: timm's name of the model, optionally with its weight tag.
+        layer: "final" (what the model's own head reads), a name from timm's feature list such as "blocks.4" or
+            "stages.2", or any module of the model.
+        pretrained: Load timm's weights from the hub; False draws random ones from `seed` (the untrained control).
+        checkpoint_path: A state dict to load instead, .safetensors or .pth (read without unpickling code).
+        input_size: Side of the network's input; None takes the model's own.
+        seed: Of random weights; the global random state is left alone.
+        state: A state dict to load instead, by the caller.
+        mean: Preprocessing; None takes the model's own.
+        std: Preprocessing; None takes the model's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: str = "final",
+        pretrained: bool = True,
+        checkpoint_path: str | None = None,
+        input_size: int | None = None,
+        seed: int = 0,
+        state: dict[str, Tensor] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ):
+        from_hub = pretrained and checkpoint_path is None and state is None
+        model = _create(name, from_hub, input_size, seed)
+        config = timm.data.resolve_model_data_config(model)
+        super().__init__(layer, input_size or config["input_size"][-1], mean or config["mean"], std or config["std"])
+        if checkpoint_path is not None:
+            state = read_state(checkpoint_path)
+        if state is not None:
+            try:
+                model.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the weights do not fit timm's {name}: {str(error).splitlines()[1].strip()}"
+                ) from error
+        self.name = name
+        self.model: Any = model
+        self._extract = self._choose(layer)
+        self.freeze()
+
+    def _choose(self, layer: str) -> Callable[[Tensor], Tensor]:
+        if layer == "final":
+            return lambda x: self._nchw(self.model.forward_features(x))
+        listed = [info["module"] for info in getattr(self.model, "feature_info", [])]
+        if layer in listed and hasattr(self.model, "forward_intermediates"):
+            index = _intermediate_index(self.model, listed, layer)
+            if index is not None:
+                return lambda x: self.model.forward_intermediates(
+                    x, indices=[index], output_fmt="NCHW", intermediates_only=True
+                )[0]
+        modules = dict(self.model.named_modules())
+        if layer not in modules or not layer:
+            raise UserError(f"{self.name} has no layer {layer!r}: {nearest(layer, ['final', *listed, *modules][:400])}")
+        return lambda x: self._nchw(_hooked(self.model, modules[layer], x))
+
+    def _nchw(self, x: Tensor) -> Tensor:
+        """Tokens or NHWC maps -> (N, C, H, W), prefix tokens removed."""
+        if x.ndim == 3:
+            x = x[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            height, width = self._grid(x.shape[1])
+            return x.transpose(1, 2).unflatten(2, (height, width))
+        if x.ndim == 4:
+            return x.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else x
+        raise UserError(f"layer {self.layer!r} of {self.name} gives {x.ndim - 1} axes an image, not a spatial map.")
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or ())
+        if len(grid) == 2 and grid[0] * grid[1] == tokens:
+            return grid
+        side = round(tokens**0.5)
+        if side * side != tokens:
+            raise UserError(f"layer {self.layer!r} of {self.name} has {tokens} tokens, which form no square map.")
+        return side, side
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> features (N, C, H, W)."""
+        return self._extract(self.preprocess(images))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class scores (N, K) of images (N, 3, H, W) in [0, 1]."""
+        return self.model(self.preprocess(images))
+
+    def logits_from(self, features: Tensor) -> Tensor:
+        """Class scores (N, K) from the final map.
+
+        Raises:
+            UserError: At an earlier layer, or where the head reads a class token, which the map does not hold.
+        """
+        if self.layer != "final":
+            return super().logits_from(features)
+        if getattr(self.model, "num_prefix_tokens", 0) and getattr(self.model, "global_pool", "") != "avg":
+            raise UserError(f"{self.name} classifies by its class token, which the spatial map does not hold.")
+        if hasattr(self.model, "patch_embed") and getattr(self.model, "output_fmt", "NCHW") != "NHWC":
+            prefix = features.new_zeros(len(features), getattr(self.model, "num_prefix_tokens", 0), features.shape[1])
+            return self.model.forward_head(torch.cat([prefix, features.flatten(2).transpose(1, 2)], 1))
+        nhwc = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        return self.model.forward_head(features.permute(0, 2, 3, 1) if nhwc else features)
+
+
+def _create(name: str, pretrained: bool, input_size: int | None, seed: int) -> nn.Module:
+    if name.split(".")[0] not in timm.list_models():
+        raise UserError(f"timm has no model {name!r}: {nearest(name, timm.list_models())}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if input_size is not None:
+                try:
+                    return timm.create_model(name, pretrained=pretrained, img_size=input_size)
+                except TypeError:  # a convolutional network takes any size
+                    pass
+            return timm.create_model(name, pretrained=pretrained)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"cannot get the weights of {name} ({str(error).splitlines()[0][:120]}); connect to the hub, give "
+                "checkpoint_path, or set pretrained=false for random weights."
+            ) from error
+
+
+def _intermediate_index(model: nn.Module, listed: list[str], layer: str) -> int | None:
+    """Position of a listed layer among `forward_intermediates`' outputs, where the two lists correspond."""
+    position = listed.index(layer)
+    return position - len(listed)
+
+
+def _hooked(model: Any, module: nn.Module, x: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _m, _i, output: kept.append(output))
+    try:
+        model.forward_features(x)
+    finally:
+        handle.remove()
+    if not kept or not isinstance(kept[-1], Tensor):
+        raise UserError("that layer is not run by the model's forward_features, or gives no tensor.")
+    return kept[-1]
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors or a torch file, never unpickling code.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    if str(path).endswith(".safetensors"):
+        return load_safetensors(path)[0]
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}.") from error
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise UserError(f"{path} is not a readable state dict ({str(error).splitlines()[0][:120]}).") from error

@@ -1,0 +1,67 @@
+"""Checkpoints as one safetensors file: tensors beside a JSON tree. Nothing in them can run code when loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featinv.errors import UserError
+from featinv.files import load_safetensors, save_safetensors
+
+_TREE = "featinv_tree"
+
+
+def save_checkpoint(path: str | Path, tree: Any) -> None:
+    """Write a nested structure of dicts, lists, numbers, strings and tensors; atomically.
+
+    Raises:
+        UserError: If the disk is full or a value is of another kind.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(tree, "", tensors)
+    save_safetensors(path, tensors, {_TREE: json.dumps(skeleton)})
+
+
+def load_checkpoint(path: str | Path) -> Any:
+    """Read what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        UserError: If the file is missing, truncated or not one of ours.
+    """
+    tensors, metadata = load_safetensors(path)
+    if _TREE not in metadata:
+        raise UserError(f"{path} is a safetensors file but not a featinv checkpoint.")
+    return _unflatten(json.loads(metadata[_TREE]), tensors)
+
+
+def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(node, dict):
+        # Keys may be numbers (optimizer state), which JSON objects cannot hold.
+        return {"dict": [[key, _flatten(value, f"{name}.{key}", tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        kind = "list" if isinstance(node, list) else "tuple"
+        return {kind: [_flatten(value, f"{name}.{i}", tensors) for i, value in enumerate(node)]}
+    if isinstance(node, torch.Size):
+        return {"tuple": [{"value": int(n)} for n in node]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"value": node}
+    raise UserError(f"a checkpoint cannot hold {type(node).__name__} at {name.lstrip('.')!r}.")
+
+
+def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unflatten(value, tensors) for key, value in content}
+    if kind in ("list", "tuple"):
+        values = [_unflatten(value, tensors) for value in content]
+        return values if kind == "list" else tuple(values)
+    return content

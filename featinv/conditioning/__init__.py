@@ -1,0 +1,1 @@
+"""Features to conditions: embeddings on the latent grid, and their dropout in training."""

@@ -1,0 +1,177 @@
+"""YAML nodes `{target: dotted.path, params: {...}}` and the objects that they name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from featinv.errors import UserError
+
+CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """Say which valid names are closest to a wrong one, or list them all."""
+    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(valid))}."
+
+
+def load_group(group: str, name: str) -> DictConfig:
+    """Read configs/GROUP/NAME.yaml.
+
+    Raises:
+        UserError: If there is no such file, naming the nearest.
+    """
+    folder = CONFIG_ROOT / group
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no {group} {name!r}: {nearest(name, [p.stem for p in folder.glob('*.yaml')])}")
+    content = OmegaConf.load(path)
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} must hold a mapping.")
+    return content
+
+
+def load_config(experiment: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose an experiment.
+
+    An experiment file lists `defaults: [group/name, ...]`; each file is merged under its group's key, then the
+    experiment's own keys, then the overrides. An override `group=name` swaps a default's file.
+
+    Args:
+        experiment: A name in configs/experiment or a path of a YAML file.
+        overrides: Words such as "training.max_steps=10".
+
+    Raises:
+        UserError: If a file, group or key does not exist, naming the nearest one.
+    """
+    path = Path(experiment)
+    own = OmegaConf.load(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    own = load_group("experiment", str(experiment)) if own is None else own
+    if not isinstance(own, DictConfig):
+        raise UserError(f"{path} must hold a mapping.")
+    swaps, words = _split_overrides(overrides)
+    composed: Any = OmegaConf.create({})
+    for entry in own.pop("defaults", []):
+        group, _, name = f"{entry}".partition("/")
+        composed = OmegaConf.merge(composed, {group: load_group(group, swaps.pop(group, name))})
+    for group in swaps:
+        raise UserError(f"this experiment has no default group {group!r} to swap.")
+    composed = OmegaConf.merge(composed, own)
+    assert isinstance(composed, DictConfig)
+    for key, value in words:
+        _override(composed, key, value)
+    return composed
+
+
+def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    swaps, words = {}, []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not of the form key=value.")
+        if (CONFIG_ROOT / key).is_dir():
+            swaps[key] = value
+        else:
+            words.append((key, value))
+    return swaps, words
+
+
+def _override(config: DictConfig, key: str, value: str) -> None:
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    # A constructor's parameter need not be spelt out in the YAML: `instantiate` checks it against the signature.
+    if not isinstance(node, DictConfig) or (last not in node and not parent.endswith("params")):
+        raise UserError(f"unknown key {key!r}: {nearest(key, all_keys(config))}")
+    try:
+        OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v)
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot set {key}={value}: {error}") from error
+
+
+def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all leaves."""
+    keys: list[str] = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        keys += all_keys(value, f"{name}.") if isinstance(value, DictConfig) else [name]
+    return keys
+
+
+def is_node(value: Any) -> bool:
+    """Whether a value is a `{target, params}` node."""
+    return isinstance(value, Mapping | DictConfig) and "target" in value
+
+
+def resolve_target(target: str, where: str = "target") -> Callable[..., Any]:
+    """Import the class or function that a dotted path names.
+
+    Raises:
+        UserError: If it does not exist.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{where}: cannot import {target!r} ({error}).") from error
+    except AttributeError as error:
+        raise UserError(
+            f"{where}: {module} has no {name!r}; {nearest(name, dir(importlib.import_module(module)))}"
+        ) from (error)
+
+
+def check_params(function: Callable[..., Any], params: Sequence[str], where: str) -> None:
+    """Reject parameters that a constructor does not have, naming the nearest one."""
+    signature = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values()):
+        return
+    for name in params:
+        if name not in signature:
+            raise UserError(f"{where}.{name} is unknown: {nearest(name, [n for n in signature if n != 'self'])}")
+
+
+def instantiate(node: Any, *, where: str = "config", **derived: Any) -> Any:
+    """Build the object that a `{target, params}` node names; nested nodes are built first.
+
+    Args:
+        node: The node.
+        where: Name of the node in messages.
+        **derived: Arguments computed by the caller, which the YAML must not set.
+
+    Raises:
+        UserError: If the target or a parameter does not exist, or a derived argument is also in the YAML.
+    """
+    node = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+    if not is_node(node):
+        raise UserError(f"{where} must have a target, not {node!r}.")
+    unknown = set(node) - {"target", "params"}
+    if unknown:
+        raise UserError(f"{where}.{sorted(unknown)[0]} is unknown: {nearest(sorted(unknown)[0], ['target', 'params'])}")
+    params = dict(node.get("params") or {})
+    function = resolve_target(node["target"], f"{where}.target")
+    for name in derived:
+        if name in params:
+            raise UserError(f"{where}.params.{name} is derived, remove it from the YAML.")
+    check_params(function, [*params, *derived], f"{where}.params")
+    built = {
+        name: instantiate(value, where=f"{where}.params.{name}") if is_node(value) else value
+        for name, value in params.items()
+    }
+    try:
+        return function(**built, **derived)
+    except TypeError as error:
+        missing = [
+            name
+            for name, p in inspect.signature(function).parameters.items()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and name not in params | derived
+        ]
+        if missing:
+            raise UserError(f"{where}.params.{missing[0]} is missing.") from error
+        raise

@@ -1,0 +1,1 @@
+"""The frozen prior, its controlled UNet, the loss, guidance and samplers."""

@@ -1,0 +1,145 @@
+"""Pixels <-> latents: the one place that knows the picture's range, the patch size and the latent scale."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from featinv.errors import UserError
+
+
+class PatchShortcut(nn.Module):
+    """A linear codec beside the autoencoder: patches <-> principal components, both directions trainable.
+
+    Started from the principal components of training patches, it already reaches most of the final PSNR, so that the
+    convolutions learn only what a linear map cannot do. (Residual autoencoding as in DC-AE, arXiv 2410.10733, section
+    3.2, with a fitted instead of a fixed shortcut.)
+
+    Args:
+        channels: Latent channels.
+        factor: Pixels per latent position along one side.
+    """
+
+    def __init__(self, channels: int, factor: int):
+        super().__init__()
+        self.analysis = nn.Conv2d(3, channels, factor, stride=factor)
+        self.synthesis = nn.ConvTranspose2d(channels, 3, factor, stride=factor)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, whiten: float = 0.5) -> None:
+        """Start from the principal components of images (N, 3, H, W) in [0, 1].
+
+        Args:
+            images: Training images.
+            whiten: 0 keeps each component's variance, 1 makes all variances equal. Halfway, fine detail is neither lost
+                under the diffusion noise nor as loud as the brightness.
+        """
+        assert self.analysis.bias is not None and self.synthesis.bias is not None
+        channels, factor = self.analysis.out_channels, self.analysis.kernel_size[0]
+        patches = F.pixel_unshuffle(images * 2 - 1, factor).permute(0, 2, 3, 1).flatten(0, 2)  # (n, 3 factor^2)
+        mean = patches.mean(0)
+        centred = (patches - mean).double()
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+        values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+        scale = values.sqrt() ** -whiten
+        shape = (channels, 3, factor, factor)
+        self.analysis.weight.copy_((vectors * scale).T.reshape(shape))
+        self.analysis.bias.copy_(-(mean.double() @ (vectors * scale)))
+        self.synthesis.weight.copy_((vectors / scale).T.reshape(shape))
+        # One bias per colour cannot hold the mean patch, but scene patches have hardly any structure in the mean.
+        self.synthesis.bias.copy_(mean.reshape(3, -1).mean(1))
+
+
+class FirstStage(nn.Module):
+    """A diffusers `AutoencoderKL` seen from pixels in [0, 1] and latents of about unit variance.
+
+    Args:
+        vae: The autoencoder; its config owns `scaling_factor` and `shift_factor`.
+        patch_size: Pixels per side that are folded into channels before the autoencoder (1 for Stable Diffusion).
+            A patch of 4 keeps every convolution at a quarter of the resolution, which is what makes a CPU enough.
+        shortcut: Whether a `PatchShortcut` works beside the autoencoder, whose own output then starts at zero.
+    """
+
+    def __init__(self, vae: AutoencoderKL, patch_size: int = 1, shortcut: bool = False):
+        super().__init__()
+        if vae.config.in_channels != 3 * patch_size**2:
+            raise UserError(
+                f"an autoencoder with {vae.config.in_channels} input channels does not fit patch_size {patch_size} "
+                f"(3 * patch_size^2 = {3 * patch_size**2})."
+            )
+        self.vae, self.patch_size = vae, patch_size
+        self.shortcut = PatchShortcut(vae.config.latent_channels, self.factor) if shortcut else None
+        if shortcut:
+            _start_at_zero(vae)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one side."""
+        return self.patch_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the latents of a picture with `size` pixels a side."""
+        if size % self.factor:
+            raise UserError(
+                f"a picture side of {size} is not a multiple of {self.factor}, which this first stage needs."
+            )
+        return self.vae.config.latent_channels, size // self.factor, size // self.factor
+
+    def _scale(self) -> tuple[float, float]:
+        return self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
+
+    def fold(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> the autoencoder's input in [-1, 1]."""
+        return F.pixel_unshuffle(images * 2 - 1, self.patch_size)
+
+    def distribution(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """The unscaled posterior over latents of images (N, 3, H, W) in [0, 1]."""
+        posterior = self.vae.encode(self.fold(images)).latent_dist
+        if self.shortcut is None:
+            return posterior
+        mean = posterior.mean + self.shortcut.analysis(images * 2 - 1)
+        return DiagonalGaussianDistribution(torch.cat([mean, posterior.logvar], 1))
+
+    def synthesise(self, latents: Tensor) -> Tensor:
+        """Unscaled latents -> images, not clamped, so that a loss keeps its gradient."""
+        images = (F.pixel_shuffle(self.vae.decode(latents).sample, self.patch_size) + 1) / 2
+        if self.shortcut is None:
+            return images
+        return images + self.shortcut.synthesis(latents) / 2
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, each (N, C, h, w), of the scaled latents of images (N, 3, H, W) in [0, 1]."""
+        scale, shift = self._scale()
+        distribution = self.distribution(images)
+        return (distribution.mean - shift) * scale, distribution.std * scale
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The posterior mean (N, C, h, w) of the scaled latents of images (N, 3, H, W) in [0, 1]."""
+        return self.posterior(images)[0]
+
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), in [0, 1] if `clamp`."""
+        scale, shift = self._scale()
+        images = self.synthesise(latents / scale + shift)
+        return images.clamp(0, 1) if clamp else images
+
+
+@torch.no_grad()
+def _start_at_zero(vae: AutoencoderKL, log_variance: float = -6.0) -> None:
+    """Make the autoencoder's mean and picture zero, and its variance small, before training."""
+    quant = vae.quant_conv if vae.quant_conv is not None else vae.encoder.conv_out
+    for layer in (quant, vae.decoder.conv_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    quant.bias[vae.config.latent_channels :] = log_variance
+
+
+def normalise_latents(first_stage: FirstStage, images: Tensor) -> None:
+    """Set the scale so that the latents of `images` have zero mean and unit variance over all elements."""
+    with torch.no_grad():
+        first_stage.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+        latents = first_stage.encode(images)
+    first_stage.vae.register_to_config(scaling_factor=1.0 / float(latents.std()), shift_factor=float(latents.mean()))

@@ -1,0 +1,101 @@
+"""Files that are either whole or absent: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from featinv.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it becomes `path`, on failure it is removed.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and string metadata atomically."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        try:
+            safetensors.torch.save_file(tensors, temporary, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata; the format cannot hold code.
+
+    Raises:
+        UserError: If the file is missing, truncated or of another kind.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, dict(file.metadata() or {})
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); restore it or delete it.") from error
+
+
+@contextlib.contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for one process; a dead process's lock is gone with it.
+
+    Raises:
+        UserError: If another process holds it.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is working in {folder}; wait for it or choose another folder.") from error
+        yield

@@ -1,0 +1,161 @@
+"""The FeatInv inverter: a frozen latent-diffusion prior steered by a trainable branch (arXiv 2505.21032)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featinv.conditioning.dropout import ConditionDropout
+from featinv.diffusion.controlled_unet import Conditions, ControlledUNet, control_branch
+from featinv.diffusion.guidance import Guidance, NoGuidance
+from featinv.diffusion.loss import DiffusionLoss
+from featinv.diffusion.prior import DiffusionPrior
+from featinv.diffusion.samplers import sample
+from featinv.errors import UserError
+from featinv.image import seeded_noise
+
+
+class DiffusionInverter(nn.Module):
+    """Draws images from p(image | features).
+
+    Args:
+        prior: Frozen.
+        encoder: Features -> (embedding on the latent grid, regression estimate of the latents or None).
+        guidance: How predictions with and without conditions are combined when sampling.
+        sampler: A key of `featinv.diffusion.samplers.SAMPLERS`.
+        num_inference_steps: Sampling steps.
+        dropout: Condition dropout in training.
+        snr_gamma: Min-SNR gamma, None for the plain loss.
+        regression_weight: Weight of the encoder's own latent regression loss (0 leaves it out).
+        strength: Factor on the branch's residuals when sampling.
+    """
+
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        encoder: nn.Module,
+        guidance: Guidance | None = None,
+        sampler: str = "unipc",
+        num_inference_steps: int = 10,
+        dropout: ConditionDropout | None = None,
+        snr_gamma: float | None = 5.0,
+        regression_weight: float = 0.5,
+        strength: float = 1.0,
+    ):
+        super().__init__()
+        self.prior = prior.freeze()
+        self.encoder = encoder
+        self.branch = control_branch(prior.unet)
+        # Shares the prior's UNet and the branch; kept out of the module tree so that nothing is saved twice.
+        self._unet = [ControlledUNet(prior.unet, self.branch, prior.scheduler.config.num_train_timesteps)]
+        channels = prior.unet.config.block_out_channels[0]
+        self.null_embedding = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.guidance = guidance or NoGuidance()
+        self.sampler, self.num_inference_steps, self.strength = sampler, num_inference_steps, strength
+        self.dropout = dropout or ConditionDropout(0.0, 0.0)
+        self.loss = DiffusionLoss(prior.scheduler, snr_gamma)
+        self.regression_weight = regression_weight
+
+    @property
+    def unet(self) -> ControlledUNet:
+        """The prior's UNet with this inverter's branch."""
+        return self._unet[0]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of everything but the prior: what a checkpoint holds."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("prior.")}
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that training changes."""
+        return (p for k, p in self.named_parameters() if not k.startswith("prior.") and p.requires_grad)
+
+    def conditions(self, features: Tensor) -> Conditions:
+        """Embed features (N, C, H, W) once per image."""
+        embedding, _ = self.encoder(features)
+        n = len(features)
+        return Conditions(
+            embedding,
+            self.null_embedding.expand_as(embedding),
+            self.prior.encoder_hidden_states(n),
+            self.prior.text["null"].expand(n, -1, -1),
+            self.strength,
+        )
+
+    @torch.no_grad()
+    def invert(
+        self, features: Tensor, *, seeds: Sequence[int], callback: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Draw one image for each row of features.
+
+        Args:
+            features: (N, C, H, W) from the backbone this inverter was trained for.
+            seeds: N seeds; image i depends on features[i] and seeds[i] alone.
+            callback: Called as callback(step, latents) after every sampling step.
+
+        Returns:
+            Images (N, 3, H, W) in [0, 1].
+        """
+        if len(seeds) != len(features):
+            raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
+        conditions = self.conditions(features)
+        noise = seeded_noise(seeds, self.prior.latent_shape).to(features)
+
+        def denoise(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
+            return self.guidance.denoise(self.unet, noisy_latents, timestep, conditions)
+
+        latents = sample(denoise, noise, self.prior.scheduler, self.sampler, self.num_inference_steps, callback)
+        return self.prior.first_stage.decode(latents)
+
+    @torch.no_grad()
+    def posterior_mean(self, features: Tensor) -> Tensor:
+        """Decode the encoder's regression estimate: the one blurred picture without a draw, (N, 3, H, W) in [0, 1]."""
+        _, latents = self.encoder(features)
+        if latents is None:
+            raise UserError(f"{type(self.encoder).__name__} has no regression estimate of the latents.")
+        return self.prior.first_stage.decode(latents)
+
+    def training_losses(
+        self,
+        images: Tensor,
+        features: Tensor,
+        *,
+        seeds: Sequence[int],
+        latents: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the training loss.
+
+        Args:
+            images: (N, 3, H, W) in [0, 1]; unused where `latents` are given.
+            features: (N, C, H, W).
+            seeds: N seeds of noise, timestep and dropout.
+            latents: Cached latents (N, c, h, w), which save the first stage's encoder.
+
+        Returns:
+            "loss" (), its parts, and "estimate" (N, c, h, w), the one-step estimate of the clean latents.
+        """
+        if latents is None:
+            with torch.no_grad():
+                latents = self.prior.first_stage.encode(images)
+        noise, timesteps = self.loss.draw(latents, seeds)
+        no_features, no_text = self.dropout.draw(seeds)
+        embedding, regressed = self.encoder(features)
+        mask = no_features.to(embedding.device)[:, None, None, None]
+        embedding = torch.where(mask, self.null_embedding.to(embedding.dtype), embedding)
+        text = self.prior.encoder_hidden_states(len(latents), no_text)
+        conditions = Conditions(embedding, None, text, text)
+
+        def denoiser(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+            return self.unet(noisy_latents, timesteps, conditions)
+
+        per_image, estimate = self.loss(denoiser, latents, noise, timesteps)
+        losses = {"loss": per_image.mean(), "diffusion": per_image.detach().mean(), "estimate": estimate}
+        if regressed is not None and self.regression_weight:
+            regression = (regressed.float() - latents).square().mean()
+            losses |= {
+                "loss": losses["loss"] + self.regression_weight * regression,
+                "regression": regression.detach(),
+            }
+        losses["timesteps"] = timesteps
+        return losses

@@ -1,0 +1,1 @@
+"""One LightningModule, its callbacks, caches and checkpoints."""

@@ -1,0 +1,150 @@
+"""Latents and features computed once, kept in memory-mapped files, resumed where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from featinv.backbones.base import Backbone
+from featinv.diffusion.first_stage import FirstStage
+from featinv.errors import UserError
+from featinv.files import run_lock, write_json
+
+log = logging.getLogger(__name__)
+
+
+class FeatureCache(Dataset[dict[str, Tensor]]):
+    """Cached latents (posterior mean, standard deviation) and features, read batch by batch.
+
+    Indexed with a list of rows it returns a whole batch: latents drawn anew from the posterior each time, features in
+    float32. Use it with a batch sampler and `batch_size=None`.
+
+    Args:
+        folder: Written by `build_cache`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.arrays = {
+            name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "std", "features")
+        }
+
+    def __len__(self) -> int:
+        return len(self.arrays["mean"])
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        index = np.asarray(rows)
+        mean, std, features = (torch.from_numpy(self.arrays[k][index]).float() for k in ("mean", "std", "features"))
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(index[0]) * 7919 + len(index)))
+        return {"latents": mean + std * noise, "features": features}
+
+
+def cache_key(description: dict[str, Any]) -> str:
+    """Hash of everything the cached values depend on."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def cache_bytes(images: int, latent_shape: Sequence[int], feature_shape: Sequence[int]) -> int:
+    """Size on disk in bytes: two latents and one feature map in half precision an image."""
+    return images * 2 * (2 * int(np.prod(latent_shape)) + int(np.prod(feature_shape)))
+
+
+def build_cache(
+    root: str | Path,
+    description: dict[str, Any],
+    dataset: Dataset[dict[str, Any]],
+    first_stage: FirstStage,
+    backbone: Backbone,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> FeatureCache:
+    """Compute latents and features of a whole data set, or go on where an earlier call was interrupted.
+
+    Args:
+        root: Parent folder; the cache lies in a folder named by the hash of `description`.
+        description: Configuration of data set, prior and backbone.
+        dataset: Map-style; its "image" items are (3, H, W) in [0, 1].
+        first_stage: Makes the latents.
+        backbone: Makes the features.
+        batch_size: Images at a time.
+        num_workers: Processes that read or render images.
+        progress: Called as progress(done, total) after each batch, beside the progress bar.
+
+    Raises:
+        UserError: If the disk is too small for it, or another process is writing the same cache.
+    """
+    total = len(dataset)  # type: ignore[arg-type]
+    folder = Path(root) / cache_key(description)
+    done_file = folder / "cache.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder):
+        done = json.loads(done_file.read_text())["done"] if done_file.is_file() else 0
+        if done >= total:
+            return FeatureCache(folder)
+        sample = torch.zeros(1, *dataset[0]["image"].shape)
+        latent = tuple(first_stage.latent_shape(sample.shape[-1]))
+        spec = backbone.spec
+        shapes = {"mean": latent, "std": latent, "features": (spec.channels, spec.height, spec.width)}
+        size = cache_bytes(total, latent, shapes["features"])
+        if not done:
+            _check_space(folder, size)
+            log.info("caching latents and features of %d images: %.2f GB in %s", total, size / 1e9, folder)
+        arrays = {name: _open(folder / f"{name}.npy", (total, *shape), done) for name, shape in shapes.items()}
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            Subset(dataset, range(done, total)),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=_stack_images,
+        )
+        with tqdm(total=total, initial=done, desc="caching latents and features", unit="img") as bar:
+            for number, images in enumerate(loader):
+                rows = slice(done, done + len(images))
+                for name, value in _encode(images, first_stage, backbone).items():
+                    arrays[name][rows] = value
+                done = rows.stop
+                bar.update(len(images))
+                if number % 16 == 15 or done == total:
+                    for array in arrays.values():
+                        array.flush()
+                    write_json(done_file, {"done": done, "total": total, "description": description})
+                if progress is not None:
+                    progress(done, total)
+    return FeatureCache(folder)
+
+
+@torch.no_grad()
+def _encode(images: Tensor, first_stage: FirstStage, backbone: Backbone) -> dict[str, np.ndarray]:
+    mean, std = first_stage.posterior(images)
+    values = {"mean": mean, "std": std, "features": backbone(images)}
+    return {name: value.half().cpu().numpy() for name, value in values.items()}
+
+
+def _stack_images(items: list[dict[str, Any]]) -> Tensor:
+    return torch.stack([item["image"] for item in items])
+
+
+def _open(path: Path, shape: tuple[int, ...], done: int) -> np.memmap:
+    if done and path.is_file():
+        return np.lib.format.open_memmap(path, mode="r+")
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > 0.95 * free:
+        raise UserError(
+            f"the cache needs {size / 1e9:.1f} GB but {folder} has {free / 1e9:.1f} GB free; "
+            "choose another folder or set training.cache=false."
+        )

@@ -1,0 +1,55 @@
+"""Exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Keeps averaged copies of parameters; the decay grows with the number of updates so that the start is forgotten.
+
+    Args:
+        parameters: Name -> parameter.
+        decay: Largest decay.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float = 0.999):
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.averages = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average towards its parameter."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages, values = list(self.averages.values()), [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run with the averages in place of the weights, which come back afterwards, also after an exception."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.averages)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+    def state_dict(self) -> dict[str, object]:
+        """Averages and number of updates."""
+        return {"updates": self.updates, "averages": dict(self.averages)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Invert `state_dict`."""
+        self.updates = state["updates"]
+        for name, value in state["averages"].items():
+            self.averages[name].copy_(value)

@@ -1,0 +1,177 @@
+"""The one LightningModule: images -> features -> the inverter's own loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featinv.backbones.base import Backbone
+from featinv.errors import UserError
+from featinv.inverters.base import TrainableInverter
+from featinv.training.ema import EMA
+
+
+def sample_seeds(seed: int, step: int, rows: int) -> list[int]:
+    """Seeds of the rows of one training batch: a function of (seed, step, row), so that a resumed run repeats them."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
+    return torch.randint(2**62, (rows,), generator=generator).tolist()
+
+
+class InversionModule(pl.LightningModule):
+    """Train an inverter on the features of a frozen backbone.
+
+    Args:
+        inverter: Has `training_losses`, `trainable_parameters` and `trainable_state`.
+        backbone: Frozen.
+        max_steps: Optimizer steps of the whole run; the learning rate falls to a twentieth over them.
+        learning_rate: Peak of AdamW's.
+        warmup_steps: Linear rise before the peak.
+        weight_decay: AdamW's.
+        ema_decay: Largest decay of the weight average; 0 switches it off.
+        feature_noise: Standard deviation of noise on the features, in units of each map's own (RAE, arXiv 2510.11690:
+            tolerates edited features).
+        consistency_weight: Weight of 1 - cosine between the given features and those of the decoded one-step estimate
+            (feature-consistency reward of ControlNet++, arXiv 2404.07987); 0 leaves it out.
+        consistency_rows: How many images of a batch get that term, those with the least noise first.
+        consistency_max_timestep: Above it the one-step estimate is too blurred to judge, as a share of all timesteps.
+        max_grad_norm: Gradient clipping.
+        seed: Of noise, timesteps and dropout.
+    """
+
+    def __init__(
+        self,
+        inverter: TrainableInverter,
+        backbone: Backbone,
+        max_steps: int = 10_000,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 200,
+        weight_decay: float = 1e-2,
+        ema_decay: float = 0.999,
+        feature_noise: float = 0.0,
+        consistency_weight: float = 0.0,
+        consistency_rows: int = 8,
+        consistency_max_timestep: float = 0.6,
+        max_grad_norm: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.inverter = inverter
+        self._backbone = [backbone]  # outside the module tree: never saved, never trained
+        self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
+        self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
+        self.feature_noise, self.consistency_weight = feature_noise, consistency_weight
+        self.consistency_rows, self.consistency_max_timestep = consistency_rows, consistency_max_timestep
+        trained = {k: p for k, p in inverter.named_parameters() if p.requires_grad and not k.startswith("prior.")}
+        if not trained:
+            raise UserError(f"{type(inverter).__name__} has nothing to train.")
+        self.ema = EMA(trained, ema_decay) if ema_decay else None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone, on this module's device."""
+        return self._backbone[0]
+
+    def setup(self, stage: str) -> None:
+        """Follow Lightning's device."""
+        self._backbone[0] = self.backbone.to(self.device)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step: features of the batch (or from its cache), then the inverter's own loss."""
+        features = self._features(batch)
+        seeds = sample_seeds(self.seed, self._step_seed(batch_idx), len(features))
+        losses = self.inverter.training_losses(
+            batch.get("image"), self._noised(features, seeds), seeds=seeds, latents=batch.get("latents")
+        )
+        loss = losses["loss"]
+        if self.consistency_weight:
+            consistency = self._consistency(losses["estimate"], losses["timesteps"], features)
+            loss = loss + self.consistency_weight * consistency
+            self.log("train/consistency", consistency.detach())
+        scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
+        self.log_dict(scalars, prog_bar=False)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        if not math.isfinite(float(loss.detach())):
+            raise UserError(
+                f"the loss is {float(loss.detach())} at step {self.global_step}; lower learning_rate "
+                f"(now {self.learning_rate}) and start again from the last checkpoint."
+            )
+        return loss
+
+    def _step_seed(self, batch_idx: int) -> int:
+        accumulate = self.trainer.accumulate_grad_batches if self._trainer is not None else 1
+        rank = self.trainer.global_rank if self._trainer is not None else 0
+        return ((self.global_step * accumulate + batch_idx % accumulate) << 12) + rank
+
+    def _features(self, batch: dict[str, Any]) -> Tensor:
+        if "features" in batch:
+            return batch["features"].float()
+        with torch.no_grad():
+            return self.backbone(batch["image"]).float()
+
+    def _noised(self, features: Tensor, seeds: list[int]) -> Tensor:
+        if not self.feature_noise:
+            return features
+        noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(seeds[0])).to(features)
+        return features + self.feature_noise * features.flatten(1).std(1)[:, None, None, None] * noise
+
+    def _consistency(self, estimate: Tensor, timesteps: Tensor, features: Tensor) -> Tensor:
+        """1 - cosine of the decoded one-step estimate's features, over the rows with the least noise."""
+        limit = self.consistency_max_timestep * self.inverter.prior.scheduler.config.num_train_timesteps
+        rows = timesteps.argsort()[: self.consistency_rows]
+        rows = rows[timesteps[rows] <= limit]
+        if not len(rows):
+            return estimate.sum() * 0.0
+        images = self.inverter.prior.first_stage.decode(estimate[rows], clamp=False)
+        again = self.backbone(images)
+        return 1 - F.cosine_similarity(again.flatten(1), features[rows].flatten(1)).mean()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with linear warm-up, then a cosine to a twentieth."""
+        parameters = list(self.inverter.trainable_parameters())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
+        )
+
+        def factor(step: int) -> float:
+            progress = min(1.0, step / self.max_steps)
+            return min(1.0, (step + 1) / self.warmup_steps) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: Any = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        """Clip, and log the norm: the first thing to look at when a run diverges."""
+        norm = nn.utils.clip_grad_norm_(self.inverter.trainable_parameters(), self.max_grad_norm)
+        self.log("train/grad_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average after each optimizer step."""
+        if self.ema is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.ema.update()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained weights only: the prior and the backbone never change."""
+        checkpoint["state_dict"] = self.inverter.trainable_state()
+        checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the weights and their average; Lightning restores optimizer and schedule."""
+        state = checkpoint["state_dict"]
+        missing = set(self.inverter.trainable_state()) ^ set(state)
+        if missing:
+            raise UserError(f"the checkpoint does not fit this inverter; it differs in {sorted(missing)[0]!r}.")
+        self.inverter.load_state_dict(state, strict=False)
+        if self.ema is not None and checkpoint["ema"] is not None:
+            self.ema.load_state_dict(checkpoint["ema"])
+        # Lightning loads this dict once more, strictly, into the whole module.
+        checkpoint["state_dict"] = self.state_dict()

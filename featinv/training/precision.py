@@ -1,0 +1,24 @@
+"""Which number format training and sampling use on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from featinv.errors import UserError
+
+
+def fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware; without it bfloat16 is many times slower."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, flag, lambda: False)() for flag in flags)
+
+
+def lightning_precision(precision: str) -> str:
+    """Translate "auto", "bf16" or "fp32" for Lightning's Trainer."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision {precision!r} is not auto, bf16 or fp32.")
+    if precision == "auto":
+        precision = "bf16" if fast_bfloat16() else "fp32"
+    return "bf16-mixed" if precision == "bf16" else "32-true"

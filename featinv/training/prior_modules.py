@@ -1,0 +1,157 @@
+"""Training the prior itself: first the autoencoder, then the unconditional UNet on its latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featinv.backbones.base import Backbone
+from featinv.diffusion.controlled_unet import unconditional
+from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.loss import DiffusionLoss
+from featinv.diffusion.prior import DiffusionPrior
+from featinv.training.ema import EMA
+from featinv.training.module import sample_seeds
+
+
+def _cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int) -> dict[str, Any]:
+    def factor(step: int) -> float:
+        progress = min(1.0, step / max_steps)
+        return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FirstStageModule(pl.LightningModule):
+    """Train a first stage on pictures: squared error, a little KL, and the cosine of a backbone's features.
+
+    Features of a deep layer are far more sensitive to fine errors than PSNR is (white noise at 34 dB leaves a cosine of
+    0.67 in EfficientNet-Lite0's last map), and the first stage's round trip is the ceiling of everything downstream.
+
+    Args:
+        first_stage: Trained in place.
+        backbone: Judges the feature term; None leaves it out.
+        max_steps: Optimizer steps of the whole run.
+        learning_rate: Peak of the autoencoder's; its linear shortcut, nearly right from the start,
+            gets a twentieth.
+        warmup_steps: Linear rise before the peak.
+        kl_weight: Weight of the KL divergence per latent element.
+        feature_weight: Weight of 1 - cosine.
+        feature_rows: Images of each batch that get the feature term.
+        seed: Of the posterior draws.
+    """
+
+    def __init__(
+        self,
+        first_stage: FirstStage,
+        backbone: Backbone | None,
+        max_steps: int = 3000,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 200,
+        kl_weight: float = 1e-5,
+        feature_weight: float = 0.03,
+        feature_rows: int = 6,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.first_stage, self._backbone = first_stage, [backbone]
+        self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
+        self.kl_weight, self.feature_weight, self.feature_rows = kl_weight, feature_weight, feature_rows
+        self.seed = seed
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step on batch["image"] (N, 3, H, W)."""
+        images, backbone = batch["image"], self._backbone[0]
+        posterior = self.first_stage.distribution(images)
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+        again = self.first_stage.synthesise(posterior.sample(generator))
+        error = (again - images).square().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = 4 * error + self.kl_weight * kl  # 4: the error on the autoencoder's own range [-1, 1]
+        self.log("train/psnr", -10 * error.detach().log10(), prog_bar=True)
+        if backbone is not None:
+            with torch.no_grad():
+                wanted = backbone(images[: self.feature_rows]).flatten(1)
+            cosine = F.cosine_similarity(backbone(again[: self.feature_rows].clamp(0, 1)).flatten(1), wanted).mean()
+            loss = loss + self.feature_weight * (1 - cosine)
+            self.log("train/cosine", cosine.detach(), prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, the shortcut at a twentieth of the rate, cosine schedule."""
+        groups = [{"params": self.first_stage.vae.parameters(), "lr": self.learning_rate}]
+        if self.first_stage.shortcut is not None:
+            groups.append({"params": self.first_stage.shortcut.parameters(), "lr": self.learning_rate / 20})
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-4)
+        return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
+
+
+class PriorModule(pl.LightningModule):
+    """Train a prior's UNet on cached latents, unconditionally.
+
+    Args:
+        prior: Its UNet is trained in place; the rest stays frozen.
+        max_steps: Optimizer steps of the whole run.
+        learning_rate: Peak of AdamW's.
+        warmup_steps: Linear rise before the peak.
+        ema_decay: Largest decay of the weight average.
+        snr_gamma: Min-SNR gamma.
+        seed: Of noise and timesteps.
+    """
+
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        max_steps: int = 3000,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        ema_decay: float = 0.999,
+        snr_gamma: float | None = 5.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.prior, self.loss, self.seed = prior, DiffusionLoss(prior.scheduler, snr_gamma), seed
+        self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
+        prior.unet.requires_grad_(True)
+        self.ema = EMA(dict(prior.unet.named_parameters()), ema_decay)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One step on batch["latents"] (N, C, h, w)."""
+        latents = batch["latents"]
+        noise, timesteps = self.loss.draw(latents, sample_seeds(self.seed, self.global_step, len(latents)))
+
+        def denoiser(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+            return unconditional(self.prior.unet, self.prior.text["null"], noisy_latents, timesteps)
+
+        loss = self.loss(denoiser, latents, noise, timesteps)[0].mean()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the average after each step."""
+        self.ema.update()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a cosine schedule."""
+        optimizer = torch.optim.AdamW(
+            self.prior.unet.parameters(),
+            lr=self.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-2,
+            fused=True,
+        )
+        return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the average."""
+        checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the average."""
+        self.ema.load_state_dict(checkpoint["ema"])
