@@ -60,7 +60,7 @@ def load_config(experiment: str | Path, overrides: Sequence[str] = ()) -> DictCo
     swaps, words = _split_overrides(overrides)
     composed: Any = OmegaConf.create({})
     for entry in own.pop("defaults", []):
-        group, _, name = f"{entry}".partition("/")
+        group, _, name = str(entry).partition("/")
         composed = OmegaConf.merge(composed, {group: load_group(group, swaps.pop(group, name))})
     for group in swaps:
         raise UserError(f"this experiment has no default group {group!r} to swap.")
@@ -100,7 +100,7 @@ def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
     """Dotted names of all leaves."""
     keys: list[str] = []
     for key, value in config.items():
-        name = f"{prefix}{key}"
+        name = prefix + str(key)
         keys += all_keys(value, f"{name}.") if isinstance(value, DictConfig) else [name]
     return keys
 

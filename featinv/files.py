@@ -77,7 +77,8 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, dict(file.metadata() or {})
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}.") from error
     except (SafetensorError, OSError) as error:

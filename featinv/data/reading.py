@@ -1,0 +1,146 @@
+"""One picture, whatever its mode, from a file or bytes to a float tensor; or a sentence that says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from featinv.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow opens more (PostScript starts another program); a data set needs only pictures.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_TAIL_BYTES = 64
+
+ImageSource = str | os.PathLike[str] | bytes
+Thoroughness = Literal["header", "full"]
+
+
+class UnreadableImage(UserError):
+    """A picture that cannot be read.
+
+    Attributes:
+        reason: Why, without the name.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"cannot read the image {name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[str, str]]:
+        # DataLoader workers send exceptions to the main process by pickling them.
+        return type(self), (self.name, self.reason)
+
+
+def read_image(source: ImageSource, *, name: str | None = None, min_side: int | None = None) -> Tensor:
+    """Read one picture as float32 (3, H, W) in [0, 1].
+
+    EXIF rotation is applied; grey, palette, CMYK and 16-bit become RGB; transparency is composited on white;
+    an animation gives its first frame. Colour profiles are ignored.
+
+    Args:
+        source: Path, or the encoded bytes.
+        name: How to call it in messages; default is the path.
+        min_side: The shorter side that the caller needs, in pixels. Pictures at least four times larger are
+            shrunk by a whole factor while decoding, and stay at least twice as large; None keeps every pixel.
+
+    Raises:
+        UnreadableImage: If it is missing, empty, truncated, not a picture, or too large to be one (Pillow's
+            limit against decompression bombs).
+    """
+    name = _name(source, name)
+    try:
+        with _open(source, name) as image:
+            if min_side is not None:
+                image.draft("", (2 * min_side, 2 * min_side))
+            image.load()
+            return _to_tensor(ImageOps.exif_transpose(image), min_side)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on broken files.
+        raise UnreadableImage(name, _reason(error)) from error
+
+
+def check_image(source: ImageSource, *, name: str | None = None, how: Thoroughness = "header") -> str | None:
+    """Say why a picture cannot be read, or None.
+
+    `"header"` reads a JPEG's or PNG's header and end marker, which finds zero-byte, foreign and cut files,
+    and decodes the others; `"full"` decodes all, which also finds damage in the middle.
+    """
+    name = _name(source, name)
+    try:
+        if how == "header" and _is_whole(source, name):
+            return None
+        read_image(source, name=name)
+    except UnreadableImage as error:
+        return error.reason
+    return None
+
+
+def _name(source: ImageSource, name: str | None) -> str:
+    return name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
+
+
+def _open(source: ImageSource, name: str) -> Image.Image:
+    if isinstance(source, bytes):
+        size = len(source)
+    elif not (path := Path(source)).is_file():
+        raise UnreadableImage(name, "it is a folder" if path.is_dir() else "there is no such file")
+    else:
+        size = path.stat().st_size
+    if size == 0:
+        raise UnreadableImage(name, "the file is empty (zero bytes)")
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+
+
+def _is_whole(source: ImageSource, name: str) -> bool:
+    try:
+        with _open(source, name) as image:
+            marker = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
+    except UnreadableImage:
+        raise
+    except Exception as error:  # as in read_image
+        raise UnreadableImage(name, _reason(error)) from error
+    return marker is not None and marker in _tail(source)
+
+
+def _tail(source: ImageSource) -> bytes:
+    if isinstance(source, bytes):
+        return source[-_TAIL_BYTES:]
+    with open(source, "rb") as file:
+        file.seek(max(0, os.path.getsize(source) - _TAIL_BYTES))
+        return file.read()
+
+
+def _to_tensor(image: Image.Image, min_side: int | None) -> Tensor:
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.float32) / 65535  # 16-bit grey; Pillow may widen it to 32
+        return torch.from_numpy(pixels.clip(0, 1)).expand(3, -1, -1).clone()
+    if image.mode == "F":
+        pixels = np.asarray(image).astype(np.float32)
+        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError("its floating-point pixels are not in [0, 1]")
+        return torch.from_numpy(pixels).expand(3, -1, -1).clone()
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image.convert("RGB")
+    factor = min(image.size) // (2 * min_side) if min_side else 1
+    if factor > 1:
+        image = image.reduce(factor)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not a picture in a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it is too large; {error}"
+    return cast(str, str(error) or type(error).__name__)

@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+import skimage.data
+import timm
+import torch
+import torch.nn.functional as F
+
+from featinv.backbones import load_backbone
+from featinv.errors import UserError
+
+
+def test_final_layer_equals_timm_by_hand() -> None:
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
+    images = torch.rand(2, 3, 64, 64)
+    config = timm.data.resolve_model_data_config(backbone.model)
+    mean, std = (torch.tensor(config[k]).view(3, 1, 1) for k in ("mean", "std"))
+    by_hand = backbone.model.forward_features((images - mean) / std)
+    assert torch.allclose(backbone(images), by_hand, atol=1e-5)
+    assert torch.allclose(backbone.logits_from(backbone(images)), backbone.logits(images), atol=1e-4)
+    spec = backbone.spec
+    assert tuple(by_hand.shape[1:]) == (spec.channels, spec.height, spec.width) and spec.layer == "final"
+
+
+def test_tokens_lose_their_prefix() -> None:
+    backbone = load_backbone("vit_tiny_patch16_224", pretrained=False, input_size=64)
+    images = torch.rand(1, 3, 64, 64)
+    tokens = backbone.model.forward_features(backbone.preprocess(images))
+    grid = backbone(images)
+    assert grid.shape == (1, 192, 4, 4)
+    assert torch.allclose(grid[0, :, 1, 2], tokens[0, 1 + 4 * 1 + 2], atol=1e-5)
+    with pytest.raises(UserError, match="class token"):
+        backbone.logits_from(grid)
+
+
+@pytest.mark.parametrize("layer", ["blocks.3", "blocks.5.mlp.fc2"])
+def test_earlier_vit_layers_are_maps(layer: str) -> None:
+    backbone = load_backbone("vit_tiny_patch16_224", layer, pretrained=False, input_size=64)
+    assert backbone.spec.height == backbone.spec.width == 4
+    with pytest.raises(UserError, match="layer"):
+        backbone.logits_from(backbone(torch.rand(1, 3, 64, 64)))
+
+
+def test_swin_comes_out_channels_first() -> None:
+    backbone = load_backbone("swin_tiny_patch4_window7_224", pretrained=False)
+    images = torch.rand(1, 3, 40, 56)
+    features = backbone(images)
+    assert features.shape == (1, 768, 7, 7)
+    assert torch.allclose(backbone.logits_from(features), backbone.logits(images), atol=1e-4)
+
+
+def test_listed_layer_equals_a_hook_on_the_same_module() -> None:
+    listed = load_backbone("resnet10t", "layer2", pretrained=False, input_size=64)
+    images, kept = torch.rand(2, 3, 64, 64), []
+    handle = listed.model.layer2.register_forward_hook(lambda _m, _i, o: kept.append(o))
+    listed.logits(images)
+    handle.remove()
+    assert torch.allclose(listed(images), kept[0], atol=1e-6)
+
+
+def test_gradient_reaches_the_image_and_no_weight() -> None:
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64).train()
+    images = torch.rand(1, 3, 50, 70, requires_grad=True)
+    backbone(images).square().sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert not any(m.training for m in backbone.modules())
+
+
+def test_features_do_not_depend_on_the_batch() -> None:
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
+    images = torch.rand(3, 3, 64, 64)
+    assert torch.allclose(backbone(images)[1:2], backbone(images[1:2]), atol=1e-5)
+
+
+def test_random_weights_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one = load_backbone("resnet10t", pretrained=False, input_size=64, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    other = load_backbone("resnet10t", pretrained=False, input_size=64, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_mistakes_name_the_nearest() -> None:
+    with pytest.raises(UserError, match="resnet10t"):
+        load_backbone("resnet10tt", pretrained=False)
+    with pytest.raises(UserError, match="layer2"):
+        load_backbone("resnet10t", "layr2", pretrained=False)
+    with pytest.raises(UserError, match="float images"):
+        load_backbone("resnet10t", pretrained=False)(torch.zeros(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenetv2"])
+def test_bundled_backbones_see_a_cat_and_a_cup_of_coffee(name: str) -> None:
+    backbone = load_backbone(name, input_size=224)
+    pictures = [torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 255 for p in (skimage.data.chelsea(), skimage.data.coffee())]
+    square = [F.interpolate(p[None, :, :300, -400:], (224, 224), mode="bicubic", antialias=True) for p in pictures]
+    cat, coffee = (backbone.logits(p.clamp(0, 1)).topk(5).indices[0].tolist() for p in square)
+    assert any(281 <= k <= 287 for k in cat)  # the ImageNet cats
+    assert {967, 968, 504} & set(coffee)  # espresso, cup, coffee mug
+
+
+def test_bundled_backbone_classifies_photographs() -> None:
+    shards = sorted((Path(__file__).parents[2] / "shared/data/imagenet-sample").glob("*.tar"))
+    if not shards:
+        pytest.skip("the ImageNet sample is not here")
+    from featinv.data import load_dataset
+
+    data = load_dataset(str(shards[0]), size=224)
+    items = [data[i] for i in range(0, 500, 5)]
+    logits = load_backbone("efficientnet_lite0", input_size=224).logits(torch.stack([i["image"] for i in items]))
+    right = sum(int(row.argmax() == i["label"]) for row, i in zip(logits, items, strict=True))
+    assert right >= 60  # its published accuracy is 75 %
