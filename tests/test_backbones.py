@@ -95,7 +95,10 @@ def test_mistakes_name_the_nearest() -> None:
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenetv2"])
 def test_bundled_backbones_see_a_cat_and_a_cup_of_coffee(name: str) -> None:
     backbone = load_backbone(name, input_size=224)
-    pictures = [torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 255 for p in (skimage.data.chelsea(), skimage.data.coffee())]
+    pictures = [
+        torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 255
+        for p in (skimage.data.chelsea(), skimage.data.coffee())
+    ]
     square = [F.interpolate(p[None, :, :300, -400:], (224, 224), mode="bicubic", antialias=True) for p in pictures]
     cat, coffee = (backbone.logits(p.clamp(0, 1)).topk(5).indices[0].tolist() for p in square)
     assert any(281 <= k <= 287 for k in cat)  # the ImageNet cats

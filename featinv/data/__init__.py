@@ -26,9 +26,7 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 __all__ = ["DATASETS", "load_dataset"]
 
 
-def load_dataset(
-    name_or_node: str | os.PathLike[str] | Mapping[str, Any], **params: Any
-) -> Dataset[dict[str, Any]]:
+def load_dataset(name_or_node: str | os.PathLike[str] | Mapping[str, Any], **params: Any) -> Dataset[dict[str, Any]]:
     """Build a data set.
 
     Args:

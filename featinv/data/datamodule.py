@@ -41,9 +41,7 @@ class ImageDataModule(pl.LightningDataModule):
     ):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
-            raise UserError(
-                f"batch_size must be >= 1 and num_workers >= 0, not {batch_size} and {num_workers}."
-            )
+            raise UserError(f"batch_size must be >= 1 and num_workers >= 0, not {batch_size} and {num_workers}.")
         self.train, self.val = train, val
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
@@ -82,9 +80,7 @@ class ImageDataModule(pl.LightningDataModule):
             loader.sampler.set_epoch = getattr(dataset, "set_epoch", _ignore_epoch)  # type: ignore[attr-defined]
             return loader
         sampler = EpochSampler(dataset, shuffle=shuffle, seed=self.seed)
-        return DataLoader(
-            dataset, sampler=sampler, drop_last=shuffle and len(sampler) >= self.batch_size, **options
-        )
+        return DataLoader(dataset, sampler=sampler, drop_last=shuffle and len(sampler) >= self.batch_size, **options)
 
 
 class EpochSampler(DistributedSampler[Item]):
@@ -118,9 +114,7 @@ def collate(items: Sequence[Item]) -> Item:
     """
     shapes = {tuple(item["image"].shape) for item in items}
     if len(shapes) > 1:
-        raise UserError(
-            f"images of one batch must have one size, not {sorted(shapes)}; set the data set's size."
-        )
+        raise UserError(f"images of one batch must have one size, not {sorted(shapes)}; set the data set's size.")
     batch: Item = {
         "image": torch.stack([item["image"] for item in items]),
         "label": torch.tensor([int(item["label"]) for item in items], dtype=torch.long),
@@ -130,9 +124,7 @@ def collate(items: Sequence[Item]) -> Item:
     if with_factors == len(items):
         batch["factors"] = torch.stack([item["factors"] for item in items])
     elif with_factors:
-        raise UserError(
-            f"only {with_factors} of {len(items)} items of a batch have factors; all or none must."
-        )
+        raise UserError(f"only {with_factors} of {len(items)} items of a batch have factors; all or none must.")
     return batch
 
 

@@ -59,9 +59,7 @@ class ImageNetFolder(ImageList):
         self.classes = _class_order(folders, class_index, (folder, Path(root)))
         label = {name: number for number, name in enumerate(self.classes)}
         if unknown := [name for name in folders if name not in label]:
-            raise UserError(
-                f"the folder {folder / unknown[0]} is not in the class index; rename or remove it."
-            )
+            raise UserError(f"the folder {folder / unknown[0]} is not in the class index; rename or remove it.")
         # By label, not by name: an index may order the classes otherwise.
         ordered = sorted(folders, key=label.__getitem__)
         names = [f"{name}/{file}" for name in ordered for file in files[name]]
@@ -70,9 +68,7 @@ class ImageNetFolder(ImageList):
             Entry(item_id, label[name.split("/", 1)[0]], str(folder / name))
             for item_id, name in zip(ids, names, strict=True)
         ]
-        super().__init__(
-            entries, size, augment=augment, verify=verify, per_class=per_class, where=str(folder)
-        )
+        super().__init__(entries, size, augment=augment, verify=verify, per_class=per_class, where=str(folder))
 
 
 class FlatFolder(ImageList):
@@ -101,8 +97,7 @@ class FlatFolder(ImageList):
         folder = _existing_folder(Path(root))
         names = list_images(folder, recursive)
         entries = [
-            Entry(item_id, -1, str(folder / name))
-            for item_id, name in zip(stable_ids(names), names, strict=True)
+            Entry(item_id, -1, str(folder / name)) for item_id, name in zip(stable_ids(names), names, strict=True)
         ]
         super().__init__(entries, size, augment=augment, verify=verify, where=str(folder))
 
@@ -141,11 +136,7 @@ def read_class_index(path: str | os.PathLike[str]) -> list[str]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             content = json.loads(text)
-            names = (
-                [content[str(i)][0] for i in range(len(content))]
-                if isinstance(content, dict)
-                else list(content)
-            )
+            names = [content[str(i)][0] for i in range(len(content))] if isinstance(content, dict) else list(content)
         else:
             names = [line.split()[0] for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -155,9 +146,7 @@ def read_class_index(path: str | os.PathLike[str]) -> list[str]:
     return [str(name) for name in names]
 
 
-def _class_order(
-    folders: list[str], class_index: str | os.PathLike[str] | None, places: tuple[Path, ...]
-) -> list[str]:
+def _class_order(folders: list[str], class_index: str | os.PathLike[str] | None, places: tuple[Path, ...]) -> list[str]:
     if class_index is not None:
         return read_class_index(class_index)
     for place in places:

@@ -108,9 +108,7 @@ class ImageList(Dataset[dict[str, Any]]):
         how = cast(Thoroughness, verify)
         with ThreadPoolExecutor(_THREADS) as pool:
             reasons = list(pool.map(lambda entry: check_image(entry.source, name=entry.id, how=how), entries))
-        self.skipped += [
-            (e.id, reason) for e, reason in zip(entries, reasons, strict=True) if reason is not None
-        ]
+        self.skipped += [(e.id, reason) for e, reason in zip(entries, reasons, strict=True) if reason is not None]
         return [e for e, reason in zip(entries, reasons, strict=True) if reason is None]
 
     def _first_of_each_class(self, entries: Sequence[Entry], verify: Verify, per_class: int) -> list[Entry]:
@@ -127,14 +125,10 @@ class ImageList(Dataset[dict[str, Any]]):
                 waiting[label] = rest[missing:]
             for entry in self._readable(batch, verify):
                 kept[entry.label].append(entry)
-            waiting = {
-                label: rest for label, rest in waiting.items() if rest and len(kept[label]) < per_class
-            }
+            waiting = {label: rest for label, rest in waiting.items() if rest and len(kept[label]) < per_class}
         short = [label for label, chosen in kept.items() if len(chosen) < per_class]
         if short:
-            log.warning(
-                "%d classes in %s have fewer than %d readable images", len(short), self.where, per_class
-            )
+            log.warning("%d classes in %s have fewer than %d readable images", len(short), self.where, per_class)
         return [entry for chosen in kept.values() for entry in chosen]
 
 
@@ -148,17 +142,13 @@ def report_skipped(skipped: Sequence[tuple[str, str]], used: int, where: str) ->
         return
     item_id, reason = skipped[0]
     if not used:
-        raise UserError(
-            f"none of the {len(skipped)} images in {where} can be read; the first, {item_id}: {reason}."
-        )
+        raise UserError(f"none of the {len(skipped)} images in {where} can be read; the first, {item_id}: {reason}.")
     log.warning("skipped %d of %d images in %s", len(skipped), len(skipped) + used, where)
     for item_id, reason in skipped[:5]:
         log.warning("skipped %s: %s", item_id, reason)
 
 
-def write_skip_report(
-    path: str | Path, where: str, used: int | None, skipped: Sequence[tuple[str, str]]
-) -> None:
+def write_skip_report(path: str | Path, where: str, used: int | None, skipped: Sequence[tuple[str, str]]) -> None:
     """Write {"source", "used", "n_skipped", "skipped": [{"id", "reason"}]} as JSON, atomically."""
     rows = [{"id": item_id, "reason": reason} for item_id, reason in skipped]
     write_json(path, {"source": where, "used": used, "n_skipped": len(rows), "skipped": rows})

@@ -129,7 +129,7 @@ def _cast(objects: _Objects, n: int, origins: Tensor, directions: Tensor) -> Ten
 
 
 def _camera(scenes: Scenes, size: int) -> tuple[Tensor, Tensor]:
-    """Origins (3, n, 1) and unit directions (3, n, R) of all rays, R = (size * SUBSAMPLES)^2 by subsample then pixel."""
+    """Origins (3, n, 1) and unit directions (3, n, R), R = (size * SUBSAMPLES)^2 rays by subsample, then pixel."""
     height, distance = scenes.values["camera_height"], scenes.values["camera_distance"]
     azimuth = scenes.values["camera_azimuth"]
     eye = torch.stack([distance * azimuth.sin(), height, -distance * azimuth.cos()])
@@ -173,9 +173,7 @@ def _palette(colours: dict[str, tuple[float, float, float]]) -> Tensor:
     return torch.tensor(list(colours.values()))
 
 
-def _surface(
-    scenes: Scenes, objects: _Objects, winner: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _surface(scenes: Scenes, objects: _Objects, winner: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Albedo (3, n, R), unit normal (3, n, R) and shininess (n, R) at the hit points; slot MAX_OBJECTS is the floor."""
     n = len(winner)
     centre, scale = torch.zeros(3, n, MAX_OBJECTS + 1), torch.ones(3, n, MAX_OBJECTS + 1)

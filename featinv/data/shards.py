@@ -175,9 +175,7 @@ def expand_shards(urls: str | Sequence[str]) -> list[Shard]:
     return [Shard(url, name) for url, name in zip(found, stable_ids(tails), strict=True)]
 
 
-def iter_shards(
-    shards: Sequence[Shard], to_label: Mapping[int, int] | None, on_skip: OnSkip
-) -> Iterator[Entry]:
+def iter_shards(shards: Sequence[Shard], to_label: Mapping[int, int] | None, on_skip: OnSkip) -> Iterator[Entry]:
     """Read samples in order, still encoded; what is broken goes to `on_skip(id, reason)`."""
     for shard in shards:
         seen: set[str] = set()

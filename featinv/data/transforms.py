@@ -73,12 +73,8 @@ class TrainTransform:
         self.size, self.seed = _checked_size(size), seed
         # The side of the smallest crop, seen from the whole image.
         self.min_side = math.ceil(size * math.sqrt(ratio[1] / scale[0]))
-        crop = v2.RandomResizedCrop(
-            size, tuple(scale), tuple(ratio), InterpolationMode.BICUBIC, antialias=True
-        )
-        self.pipeline = v2.Compose(
-            [crop, v2.RandomHorizontalFlip(hflip / 2), v2.RandomVerticalFlip(vflip / 2)]
-        )
+        crop = v2.RandomResizedCrop(size, tuple(scale), tuple(ratio), InterpolationMode.BICUBIC, antialias=True)
+        self.pipeline = v2.Compose([crop, v2.RandomHorizontalFlip(hflip / 2), v2.RandomVerticalFlip(vflip / 2)])
 
     def __call__(self, image: Tensor, *, item_id: str, epoch: int = 0) -> Tensor:
         """Map (3, H, W) in [0, 1] to (3, size, size) in [0, 1]."""

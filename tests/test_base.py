@@ -1,0 +1,151 @@
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from featinv.checkpoint import load_checkpoint, save_checkpoint
+from featinv.config import check_params, instantiate, load_config, resolve_target
+from featinv.errors import UserError
+from featinv.files import atomic_write, load_safetensors, run_lock, write_text
+from featinv.image import load_png, make_grid, save_png, seeded_noise
+
+ROOT = Path(__file__).parents[1]
+BASE = ("errors", "config", "image", "checkpoint", "files")
+ROOMS = ("data", "backbones", "conditioning", "diffusion", "inverters", "metrics", "training", "attribution")
+ROOMS += ("applications", "report")
+
+
+def test_a_room_imports_only_from_rooms_above_it() -> None:
+    for path in (ROOT / "featinv").rglob("*.py"):
+        own = path.relative_to(ROOT / "featinv").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom | ast.Import):
+                continue
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            for name in names:
+                if not name.startswith("featinv."):
+                    assert name.split(".")[0] not in ("eval", "tools", "train", "sample"), (path, name)
+                    continue
+                other = name.split(".")[1]
+                if other in BASE:
+                    continue
+                assert own in ROOMS, f"{path}: a base module imports the room {other}"
+                assert ROOMS.index(other) <= ROOMS.index(own), f"{path} imports {other}, which is below it"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+    def full(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_is_locked_for_one_process(tmp_path) -> None:
+    code = f"from featinv.files import run_lock\nwith run_lock({str(tmp_path)!r}): pass"
+    with run_lock(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert other.returncode != 0 and "another process" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_checkpoint_holds_nested_structures_and_never_code(tmp_path) -> None:
+    tree = {"state": {0: {"exp": torch.randn(3), "step": 2}}, "list": [1, (2.5, None)], "name": "x", "on": True}
+    save_checkpoint(tmp_path / "c.safetensors", tree)
+    again = load_checkpoint(tmp_path / "c.safetensors")
+    assert torch.equal(again["state"][0].pop("exp"), tree["state"][0].pop("exp")) and again == tree
+    with pytest.raises(UserError, match="cannot hold"):
+        save_checkpoint(tmp_path / "d.safetensors", {"f": print})
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04\x95"])
+def test_damaged_checkpoints_are_refused(tmp_path, content: bytes) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_safetensors(path)
+    with pytest.raises(UserError, match="no file"):
+        load_checkpoint(tmp_path / "absent.safetensors")
+
+
+def test_png_round_trip_is_lossless_and_damage_is_named(tmp_path) -> None:
+    image = torch.randint(0, 256, (3, 7, 5)).float() / 255
+    save_png(tmp_path / "a.png", image)
+    assert torch.allclose(load_png(tmp_path / "a.png"), image, atol=1e-6)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(UserError, match="a.png"):
+        load_png(tmp_path / "a.png")
+
+
+def test_grid_places_every_picture() -> None:
+    rows = [torch.full((2, 3, 4, 4), 0.2), torch.full((3, 3, 4, 4), 0.7)]
+    grid = make_grid(rows, labels=["a", "b"], scale=2, pad=1, label_width=30)
+    assert grid.shape == (3, 18, 30 + 27)
+    assert grid[0, 3, 31] == pytest.approx(0.2) and grid[0, 12, 30 + 20] == pytest.approx(0.7)
+
+
+def test_noise_is_per_seed() -> None:
+    noise = seeded_noise([4, 5, 4], (2, 3))
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[1:2], seeded_noise([5], (2, 3)))
+
+
+def test_instantiate_builds_nested_nodes_and_names_mistakes() -> None:
+    guidance = {"target": "featinv.diffusion.guidance.ClassifierFreeGuidance", "params": {"scale": 2}}
+    assert instantiate(guidance).scale == 2
+    with pytest.raises(UserError, match=r"params.scal is unknown: did you mean scale"):
+        instantiate({**guidance, "params": {"scal": 2}})
+    with pytest.raises(UserError, match="has no 'ClassifierFreeGuidanc'"):
+        instantiate({"target": guidance["target"][:-1]})
+    with pytest.raises(UserError, match="derived"):
+        instantiate(guidance, scale=3)
+    whitening = "featinv.conditioning.encoders.Whitening"
+    with pytest.raises(UserError, match="components is missing"):
+        instantiate({"target": whitening, "params": {"channels": 3}})
+
+
+def test_experiments_compose_and_overrides_are_checked(tmp_path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("defaults: [data/scenes]\ndata: {params: {batch_size: 7}}\ntraining: {max_steps: 5}\n")
+    config = load_config(path, ["training.max_steps=9"])
+    assert config.data.params.batch_size == 7 and config.training.max_steps == 9
+    assert config.data.params.train.target.endswith("ScenesDataset")
+    assert load_config(path, ["data=cifar10"]).data.params.train.target.endswith("CIFAR10")
+    with pytest.raises(UserError, match="did you mean training.max_steps"):
+        load_config(path, ["training.max_step=9"])
+    with pytest.raises(UserError, match="did you mean scenes"):
+        load_config(path, ["data=scene"])
+    with pytest.raises(UserError, match="key=value"):
+        load_config(path, ["max_steps"])
+
+
+def _nodes(content):
+    if isinstance(content, dict):
+        if "target" in content:
+            yield content
+        for value in content.values():
+            yield from _nodes(value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_config_names_real_constructors_and_parameters(path: Path) -> None:
+    nodes = list(_nodes(yaml.safe_load(path.read_text())))
+    assert nodes
+    for node in nodes:
+        check_params(resolve_target(node["target"]), list(node.get("params") or {}), str(path))

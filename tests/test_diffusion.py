@@ -1,0 +1,204 @@
+import pytest
+import torch
+from conftest import tiny_first_stage, tiny_prior
+
+from featinv.conditioning.dropout import ConditionDropout
+from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
+from featinv.diffusion.controlled_unet import unconditional
+from featinv.diffusion.first_stage import normalise_latents
+from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
+from featinv.diffusion.loss import DiffusionLoss
+from featinv.diffusion.prior import DiffusionPrior, load_prior
+from featinv.diffusion.samplers import SAMPLERS, sample
+from featinv.errors import UserError
+
+
+def _wake(inverter):
+    """Give the zero convolutions values, as training would."""
+    for block in [*inverter.branch.controlnet_down_blocks, inverter.branch.controlnet_mid_block]:
+        torch.nn.init.normal_(block.weight, std=0.3)
+    torch.nn.init.normal_(inverter.null_embedding)
+    return inverter
+
+
+def test_untrained_branch_equals_the_prior_bit_for_bit(inverter) -> None:
+    noisy, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
+    conditions = inverter.conditions(torch.randn(3, 512, 2, 2))
+    prior = inverter.prior
+    alone = unconditional(prior.unet, prior.text["prompt"], noisy, timesteps)
+    assert torch.equal(inverter.unet(noisy, timesteps, conditions), alone)
+    _wake(inverter)
+    assert not torch.allclose(inverter.unet(noisy, timesteps, conditions), alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_an_image_depends_on_its_own_seed_alone(inverter, sampler: str) -> None:
+    _wake(inverter)
+    inverter.sampler = sampler
+    features = torch.randn(8, 512, 2, 2)
+    together = inverter.invert(features, seeds=range(8))
+    assert together.shape == (8, 3, 32, 32) and together.min() >= 0 and together.max() <= 1
+    assert torch.allclose(inverter.invert(features[5:6], seeds=[5]), together[5:6], atol=1e-4)
+    assert not torch.allclose(inverter.invert(features[5:6], seeds=[6]), together[5:6], atol=1e-4)
+    with pytest.raises(UserError, match="seeds"):
+        inverter.invert(features, seeds=[1])
+
+
+def test_samplers_recover_a_point_mass() -> None:
+    """Where all data are one point x0, the exact prediction is known and every sampler must end at x0."""
+    scheduler = tiny_prior("epsilon").scheduler
+    x0, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    alphas = scheduler.alphas_cumprod
+
+    for name in ("ddim", "dpmpp_2m", "unipc"):
+
+        def denoise(x, t):
+            return (x - alphas[int(t)].sqrt() * x0) / (1 - alphas[int(t)]).sqrt()
+
+        assert torch.allclose(sample(denoise, noise, scheduler, name, 10), x0, atol=2e-2), name
+    with pytest.raises(UserError, match="unipc"):
+        sample(denoise, noise, scheduler, "nope")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_loss_equals_the_formula(kind: str) -> None:
+    scheduler = tiny_prior(kind).scheduler
+    latents, noise, timesteps = torch.randn(4, 4, 4, 4), torch.randn(4, 4, 4, 4), torch.tensor([3, 250, 600, 990])
+    prediction = torch.randn(4, 4, 4, 4)
+    loss, estimate = DiffusionLoss(scheduler, snr_gamma=5.0)(lambda x, t: prediction, latents, noise, timesteps)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    for i, t in enumerate(timesteps.tolist()):
+        a = float((1 - betas[: t + 1]).prod())
+        snr = a / (1 - a)
+        noisy = a**0.5 * latents[i] + (1 - a) ** 0.5 * noise[i]
+        if kind == "epsilon":
+            target, weight = noise[i], min(snr, 5.0) / snr
+            clean = (noisy - (1 - a) ** 0.5 * prediction[i]) / a**0.5
+        else:
+            target, weight = a**0.5 * noise[i] - (1 - a) ** 0.5 * latents[i], min(snr, 5.0) / (snr + 1)
+            clean = a**0.5 * noisy - (1 - a) ** 0.5 * prediction[i]
+        assert float(loss[i]) == pytest.approx(weight * float((prediction[i] - target).square().mean()), rel=1e-3)
+        assert torch.allclose(estimate[i], clean, rtol=1e-3, atol=1e-3)
+
+
+def test_loss_draws_depend_on_the_row_alone() -> None:
+    loss = DiffusionLoss(tiny_prior().scheduler)
+    noise, timesteps = loss.draw(torch.zeros(3, 4, 4, 4), [10, 11, 12])
+    one_noise, one_timestep = loss.draw(torch.zeros(1, 4, 4, 4), [11])
+    assert torch.equal(noise[1:2], one_noise) and timesteps[1] == one_timestep[0]
+
+
+@pytest.mark.parametrize("drop", [["features"], ["text"], ["branch"], ["features", "text"]])
+def test_guidance_is_the_textbook_combination(inverter, drop: list[str]) -> None:
+    _wake(inverter)
+    noisy, timestep = torch.randn(2, 4, 4, 4), torch.tensor(400)
+    conditions = inverter.conditions(torch.randn(2, 512, 2, 2))
+    on = NoGuidance().denoise(inverter.unet, noisy, timestep, conditions)
+    off = ClassifierFreeGuidance(0.0, drop).denoise(inverter.unet, noisy, timestep, conditions)
+    assert torch.equal(ClassifierFreeGuidance(1.0, drop).denoise(inverter.unet, noisy, timestep, conditions), on)
+    assert not torch.allclose(on, off, atol=1e-4)
+    guided = ClassifierFreeGuidance(2.5, drop).denoise(inverter.unet, noisy, timestep, conditions)
+    assert torch.allclose(guided, off + 2.5 * (on - off), atol=1e-4)
+    outside = ClassifierFreeGuidance(2.5, drop, interval=(0.5, 1.0))
+    assert torch.equal(outside.denoise(inverter.unet, noisy, timestep, conditions), on)
+    if drop == ["branch"]:
+        prior = inverter.prior
+        assert torch.allclose(off, unconditional(prior.unet, prior.text["prompt"], noisy, timestep), atol=1e-6)
+
+
+def test_guidance_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="features, text, branch"):
+        ClassifierFreeGuidance(drop=["prompt"])
+    with pytest.raises(UserError, match="interval"):
+        ClassifierFreeGuidance(interval=[0.8, 0.2])
+
+
+def test_training_changes_the_branch_and_nothing_else(inverter) -> None:
+    frozen = {k: v.clone() for k, v in inverter.prior.state_dict().items()}
+    trained = {k: v.clone() for k, v in inverter.trainable_state().items()}
+    optimizer = torch.optim.AdamW(inverter.trainable_parameters(), lr=1e-2)
+    images, features = torch.rand(4, 3, 32, 32), torch.randn(4, 512, 2, 2)
+    for step in range(3):
+        optimizer.zero_grad()
+        inverter.training_losses(images, features, seeds=range(step * 4, step * 4 + 4))["loss"].backward()
+        optimizer.step()
+    assert all(torch.equal(v, inverter.prior.state_dict()[k]) for k, v in frozen.items())
+    state = inverter.trainable_state()
+    for part in ("branch.controlnet_mid_block", "branch.conv_in", "encoder.mix", "encoder.embedding_head"):
+        assert any(k.startswith(part) and not torch.equal(v, state[k]) for k, v in trained.items()), part
+
+
+def test_whitening_decorrelates_and_agrees_with_a_naive_computation() -> None:
+    features = torch.randn(64, 6, 3, 3)
+    features[:, 1] = 5 * features[:, 0] + 0.1 * features[:, 1] + 2
+    whitening = Whitening(6, 4)
+    whitening.fit(features, floor=0.0)
+    out = whitening(features).permute(0, 2, 3, 1).reshape(-1, 4)
+    assert torch.allclose(out.T @ out / len(out), torch.eye(4), atol=1e-3)
+    assert torch.allclose(out.mean(0), torch.zeros(4), atol=1e-3)
+
+
+def test_pooled_encoder_sees_the_mean_alone(backbone, prior) -> None:
+    encoder = PooledEncoder(backbone.spec, prior.latent_shape, 16, components=16, hidden=16, blocks=1)
+    features = torch.randn(1, 512, 2, 2)
+    assert torch.allclose(encoder(features)[0], encoder(features.flip(2, 3))[0], atol=1e-5)
+    spatial = SpatialEncoder(backbone.spec, prior.latent_shape, 16, components=16, hidden=16, blocks=1)
+    assert not torch.allclose(spatial(features)[0], spatial(features.flip(2, 3))[0], atol=1e-3)
+
+
+def test_published_encoder_starts_at_zero_and_rejects_other_channels(backbone, prior) -> None:
+    encoder = PublishedEncoder(backbone.spec, prior.latent_shape, 16, hidden=8)
+    embedding, latents = encoder(torch.randn(2, 512, 2, 2))
+    assert embedding.shape == (2, 16, 4, 4) and not embedding.any() and latents is None
+    with pytest.raises(UserError, match="512"):
+        encoder(torch.randn(2, 300, 2, 2))
+
+
+def test_dropout_is_independent_or_joint_as_asked() -> None:
+    features, text = ConditionDropout(0.3, 0.5).draw(range(4000))
+    assert float(features.float().mean()) == pytest.approx(0.3, abs=0.03)
+    assert float((features & text).float().mean()) == pytest.approx(0.15, abs=0.03)
+    features, text = ConditionDropout(0.3, 0.3, joint=True).draw(range(200))
+    assert torch.equal(features, text)
+
+
+def test_prior_survives_saving(tmp_path, prior) -> None:
+    prior.save_pretrained(tmp_path / "p")
+    again = load_prior(tmp_path / "p")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in prior.state_dict().items())
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(prior.first_stage.encode(images), again.first_stage.encode(images))
+    weights = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="whole"):
+        load_prior(tmp_path / "p")
+
+
+def test_parts_that_do_not_belong_together_are_refused(prior) -> None:
+    with pytest.raises(UserError, match="prompt embeddings"):
+        DiffusionPrior(prior.first_stage, prior.unet, prior.scheduler, {"prompt": torch.zeros(1, 1, 5)}, 32)
+    with pytest.raises(UserError, match="multiple of 8"):
+        prior.first_stage.latent_shape(30)
+    with pytest.raises(UserError, match="no prior"):
+        load_prior("no/such-prior")
+
+
+def test_shortcut_alone_is_principal_component_coding() -> None:
+    images = torch.rand(24, 3, 16, 16).cumsum(3).div(16)
+    stage = tiny_first_stage(shortcut=True)
+    stage.shortcut.fit(images)
+    again = stage.decode(stage.encode(images), clamp=False)
+    patches = torch.nn.functional.pixel_unshuffle(images * 2 - 1, 8).permute(0, 2, 3, 1).reshape(-1, 192).double()
+    centred = patches - patches.mean(0)
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)
+    # The mean patch survives only through its projection and one bias a colour, so compare what varies.
+    kept = centred @ components[:4].T @ components[:4]
+    ours = torch.nn.functional.pixel_unshuffle(again * 2 - 1, 8).permute(0, 2, 3, 1).reshape(-1, 192).double()
+    assert torch.allclose(ours - ours.mean(0), kept, atol=1e-3)
+
+
+def test_latents_are_normalised() -> None:
+    stage, images = tiny_first_stage(), torch.rand(16, 3, 32, 32)
+    normalise_latents(stage, images)
+    latents = stage.encode(images)
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-3) and float(latents.std()) == pytest.approx(1, abs=1e-3)

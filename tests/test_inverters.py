@@ -1,0 +1,123 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from featinv.backbones import load_backbone
+from featinv.data.scenes import ScenesDataset
+from featinv.errors import UserError
+from featinv.inverters.optimisation import OptimizationInverter, total_variation
+from featinv.inverters.reconstruct import reconstruct, sample_seed
+from featinv.training.batches import StepBatches
+from featinv.training.cache import build_cache
+from featinv.training.ema import EMA
+
+
+def test_total_variation_equals_a_loop() -> None:
+    image = torch.rand(1, 1, 4, 5)
+    total = 0.0
+    for y in range(4):
+        for x in range(5):
+            dx = image[0, 0, y, x + 1] - image[0, 0, y, x] if x < 4 else 0.0
+            dy = image[0, 0, y + 1, x] - image[0, 0, y, x] if y < 3 else 0.0
+            total += float((dx**2 + dy**2 + 1e-8) ** 0.75)
+    assert float(total_variation(image, beta=1.5)) == pytest.approx(total / 20, rel=1e-5)
+
+
+def test_optimisation_approaches_the_features_one_image_at_a_time() -> None:
+    backbone = load_backbone("resnet10t", "layer1", pretrained=False, input_size=32)
+    images = torch.rand(2, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    features = backbone(images)
+    inverter = OptimizationInverter(backbone, size=32, steps=60, tv_weight=0.0, l2_weight=0.0)
+    start = OptimizationInverter(backbone, size=32, steps=1, learning_rate=0.0).invert(features, seeds=[1, 2])
+    found = inverter.invert(features, seeds=[1, 2])
+
+    def cosine(x: torch.Tensor) -> torch.Tensor:
+        return F.cosine_similarity(backbone(x).flatten(1), features.flatten(1))
+
+    assert (cosine(found) > cosine(start) + 0.1).all() and (cosine(found) > 0.95).all()
+    assert torch.allclose(inverter.invert(features[1:], seeds=[2]), found[1:], atol=5e-2)
+
+
+class _Recorder:
+    """Paints each image in a colour that tells its seed; counts calls; can die."""
+
+    def __init__(self, die_after: int = 10**9):
+        self.painted, self.die_after = 0, die_after
+
+    def invert(self, features, *, seeds):
+        if self.painted >= self.die_after:
+            raise KeyboardInterrupt
+        self.painted += len(seeds)
+        return torch.stack([torch.full((3, 16, 16), (s % 256) / 255) for s in seeds])
+
+
+def test_interrupted_reconstruction_finishes_without_repeating(tmp_path) -> None:
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=32)
+    data = ScenesDataset(length=5, seed=0, size=16)
+    items = [data[i] for i in range(5)]
+    settings = {"samples": 2, "seed": 3, "size": 16, "batch_size": 3}
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(_Recorder(die_after=6), backbone, items, tmp_path, **settings)
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+    damaged = sorted((tmp_path / "samples").iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:30])
+    second = _Recorder()
+    result = reconstruct(second, backbone, items, tmp_path, **settings)
+    assert second.painted == 5  # four missing, one damaged
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [e["id"] for e in manifest["images"]] == [i["id"] for i in items]
+    for k in range(2):
+        for image, item in zip(result.samples(k), items, strict=True):
+            assert float(image[0, 0, 0]) == pytest.approx((sample_seed(3, item["id"], k) % 256) / 255, abs=1e-3)
+    assert torch.allclose(result.originals()[2], items[2]["image"], atol=2e-3)
+    with pytest.raises(UserError, match="other settings"):
+        reconstruct(second, backbone, items, tmp_path, **(settings | {"seed": 4}))
+
+
+def test_step_batches_resume_where_they_stopped_and_cover_every_row() -> None:
+    whole = list(StepBatches(10, 4, stop=10, seed=1))
+    assert list(StepBatches(10, 4, stop=10, start=6, seed=1)) == whole[6:]
+    flat = [row for batch in whole for row in batch]
+    for epoch in range(4):
+        assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    halves = [list(StepBatches(10, 4, stop=10, seed=1, rank=r, world_size=2)) for r in range(2)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(b) for b in whole]
+
+
+def test_cache_holds_what_the_networks_compute_and_resumes(tmp_path, prior, backbone) -> None:
+    data = ScenesDataset(length=7, seed=0, size=32)
+    calls = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        if done == 4:
+            raise KeyboardInterrupt
+
+    first_stage = prior.first_stage
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(tmp_path, {"a": 1}, data, first_stage, backbone, batch_size=2, progress=interrupt)
+    cache = build_cache(tmp_path, {"a": 1}, data, first_stage, backbone, batch_size=2)
+    batch = cache[[6, 0]]
+    images = torch.stack([data[6]["image"], data[0]["image"]])
+    mean, std = first_stage.posterior(images)
+    assert torch.allclose(batch["features"], backbone(images), atol=1e-2)
+    assert ((batch["latents"] - mean).abs() <= 6 * std + 1e-2).all()
+    assert len(cache) == 7 and build_cache(tmp_path, {"a": 1}, data, first_stage, backbone).folder == cache.folder
+
+
+def test_ema_equals_the_recursion_and_gives_the_weights_back() -> None:
+    layer = torch.nn.Linear(3, 2)
+    ema, average = EMA(dict(layer.named_parameters()), decay=0.9), layer.weight.detach().clone()
+    for update in range(1, 30):
+        with torch.no_grad():
+            layer.weight.add_(torch.randn(2, 3))
+        ema.update()
+        decay = min(0.9, (1 + update) / (10 + update))
+        average = decay * average + (1 - decay) * layer.weight.detach()
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError), ema.applied():
+        assert torch.allclose(layer.weight, average, atol=1e-5)
+        raise RuntimeError
+    assert torch.equal(layer.weight, before)
