@@ -1,0 +1,39 @@
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_lock_pins_every_requirement_within_its_bounds() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split() if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+        requirement = Requirement(text)
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, text
+
+
+def test_conda_environment_agrees_with_the_project() -> None:
+    entries = yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"]
+    (python,) = [e for e in entries if isinstance(e, str) and re.match(r"python=", e)]
+    assert python.split("=")[1] in SpecifierSet(PROJECT["requires-python"])
+    (pip,) = [e["pip"] for e in entries if isinstance(e, dict)]
+    assert pip == ["-r requirements.lock", "-e ."]
+
+
+def test_every_third_party_import_is_required() -> None:
+    names = {"pytorch_lightning": "pytorch-lightning", "PIL": "pillow", "skimage": "scikit-image"}
+    required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    found = set()
+    for path in (ROOT / "featinv").rglob("*.py"):
+        found |= set(re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", path.read_text(), re.MULTILINE))
+    import sys
+
+    third = {n for n in found if n not in sys.stdlib_module_names and n != "featinv"}
+    assert {canonicalize_name(names.get(n, n)) for n in third} <= required
