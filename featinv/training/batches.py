@@ -35,7 +35,8 @@ class StepBatches(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        """Batches of the whole run: Lightning counts a resumed run's batches from its checkpoint's, not from zero."""
+        return self.stop
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.long)

@@ -154,9 +154,10 @@ class InversionModule(pl.LightningModule):
         norm = nn.utils.clip_grad_norm_(self.inverter.trainable_parameters(), self.max_grad_norm)
         self.log("train/grad_norm", norm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average after each optimizer step."""
-        if self.ema is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the average with the step itself, before any checkpoint of that step is written."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
             self.ema.update()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

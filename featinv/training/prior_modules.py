@@ -133,8 +133,9 @@ class PriorModule(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the average after each step."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the average with the step itself, before any checkpoint of that step is written."""
+        super().optimizer_step(*args, **kwargs)
         self.ema.update()
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Run a LightningModule step by step with checkpoints that resume exactly and cannot run code."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch.utils.data import DataLoader, Dataset
+
+from featinv.checkpoint import load_checkpoint, save_checkpoint
+from featinv.errors import UserError
+from featinv.files import run_lock
+from featinv.training.batches import StepBatches
+from featinv.training.precision import lightning_precision
+
+log = logging.getLogger(__name__)
+_LAST, _PREVIOUS = "last.safetensors", "previous.safetensors"
+
+
+class SafetensorsCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints as safetensors; the one before the last is kept, should the last be damaged."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write atomically."""
+        path = Path(path)
+        if path.is_file():
+            path.replace(path.with_name(_PREVIOUS))
+        save_checkpoint(path, checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Read on the CPU; nothing is unpickled."""
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file that Lightning no longer needs."""
+        Path(path).unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None; a damaged one is passed over with a warning."""
+    found = False
+    for name in (_LAST, _PREVIOUS):
+        path = Path(folder) / name
+        if not path.is_file():
+            continue
+        found = True
+        try:
+            load_checkpoint(path)
+            return path
+        except UserError as error:
+            log.warning("%s; trying the one before", error)
+    if found:
+        raise UserError(f"no whole checkpoint is left in {folder}; delete the folder to start again.")
+    return None
+
+
+def fit(
+    module: pl.LightningModule,
+    dataset: Dataset[dict[str, Any]],
+    folder: str | Path,
+    *,
+    max_steps: int,
+    batch_size: int,
+    seed: int = 0,
+    checkpoint_every: int = 200,
+    precision: str = "auto",
+    accumulate: int = 1,
+    callbacks: list[Callback] | None = None,
+    progress: bool = True,
+) -> None:
+    """Train to `max_steps`, from the folder's last checkpoint if there is one.
+
+    The order of the rows is a function of (seed, step): a resumed run goes through what an uninterrupted one would.
+
+    Args:
+        module: Its `training_step` takes a batch of `dataset`.
+        dataset: Indexed with a list of rows, it returns a whole batch.
+        folder: Checkpoints and TensorBoard logs; held by one process at a time.
+        max_steps: Optimizer steps of the whole run.
+        batch_size: Rows of a batch, over all processes.
+        seed: Of the order.
+        checkpoint_every: Steps between checkpoints: what a killed run loses at most.
+        precision: "auto", "bf16" or "fp32".
+        accumulate: Batches for each optimizer step.
+        callbacks: Further Lightning callbacks.
+        progress: Show a progress bar.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder):
+        last = last_checkpoint(folder)
+        start = load_checkpoint(last)["global_step"] if last is not None else 0
+        if start >= max_steps:
+            log.info("%s is trained to step %d already", folder, start)
+        batches = StepBatches(len(dataset), batch_size, max_steps * accumulate, start * accumulate, seed)  # type: ignore[arg-type]
+        saver = ModelCheckpoint(
+            dirpath=folder, filename="last", every_n_train_steps=checkpoint_every, save_top_k=1, save_last=False
+        )
+        saver.FILE_EXTENSION = ".safetensors"
+        trainer = pl.Trainer(
+            max_steps=max_steps,
+            max_epochs=-1,
+            precision=lightning_precision(precision),  # type: ignore[arg-type]
+            accumulate_grad_batches=accumulate,
+            callbacks=[saver, *(callbacks or [])],
+            plugins=[SafetensorsCheckpointIO()],
+            logger=pl.loggers.TensorBoardLogger(folder, name="", version="tensorboard"),
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            log_every_n_steps=20,
+        )
+        loader: DataLoader[dict[str, Any]] = DataLoader(dataset, sampler=batches, batch_size=None)
+        trainer.fit(module, loader, ckpt_path=last)
+        if trainer.global_step > start:
+            trainer.save_checkpoint(folder / _LAST)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from conftest import tiny_prior
+
+from featinv.conditioning.encoders import SpatialEncoder
+from featinv.data.scenes import ScenesDataset
+from featinv.errors import UserError
+from featinv.inverters.diffusion import DiffusionInverter
+from featinv.training.cache import build_cache
+from featinv.training.module import InversionModule
+from featinv.training.runner import fit, last_checkpoint
+
+
+def _module(backbone, max_steps: int = 6, **settings) -> InversionModule:
+    torch.manual_seed(5)
+    prior = tiny_prior()
+    encoder = SpatialEncoder(backbone.spec, prior.latent_shape, 16, components=16, hidden=16, blocks=1)
+    inverter = DiffusionInverter(prior, encoder)
+    return InversionModule(inverter, backbone, max_steps=max_steps, warmup_steps=2, **settings)
+
+
+@pytest.fixture
+def cache(tmp_path, backbone):
+    return build_cache(tmp_path / "cache", {}, ScenesDataset(12, size=32), tiny_prior().first_stage, backbone, 4)
+
+
+class _Killed(Exception):
+    pass
+
+
+def _dies_at(module: InversionModule, step: int) -> InversionModule:
+    whole = module.training_step
+
+    def training_step(batch, batch_idx):
+        if module.global_step == step:
+            raise _Killed
+        return whole(batch, batch_idx)
+
+    module.training_step = training_step
+    return module
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, backbone, cache) -> None:
+    settings = {"max_steps": 6, "batch_size": 4, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
+    whole = _module(backbone, feature_noise=0.1)
+    fit(whole, cache, tmp_path / "whole", **settings)
+    with pytest.raises(_Killed):
+        fit(_dies_at(_module(backbone, feature_noise=0.1), 5), cache, tmp_path / "cut", **settings)
+    assert last_checkpoint(tmp_path / "cut") is not None
+    resumed = _module(backbone, feature_noise=0.1)
+    fit(resumed, cache, tmp_path / "cut", **settings)
+    assert resumed.global_step == whole.global_step == 6
+    for name, value in whole.inverter.trainable_state().items():
+        assert torch.equal(value, resumed.inverter.trainable_state()[name]), name
+    for name, value in whole.ema.averages.items():
+        assert torch.equal(value, resumed.ema.averages[name]), name
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, backbone, cache) -> None:
+    settings = {"batch_size": 4, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
+    fit(_module(backbone), cache, tmp_path / "run", max_steps=6, **settings)
+    last = tmp_path / "run/last.safetensors"
+    assert last_checkpoint(tmp_path / "run") == last
+    last.write_bytes(last.read_bytes()[:2000])
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run/previous.safetensors"
+    (tmp_path / "run/previous.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        last_checkpoint(tmp_path / "run")
+
+
+def test_a_checkpoint_holds_no_frozen_weight(tmp_path, backbone, cache) -> None:
+    from featinv.checkpoint import load_checkpoint
+
+    fit(_module(backbone, 2), cache, tmp_path / "run", max_steps=2, batch_size=4, progress=False, precision="fp32")
+    checkpoint = load_checkpoint(tmp_path / "run/last.safetensors")
+    assert checkpoint["state_dict"] and not any(k.startswith(("prior.", "_backbone")) for k in checkpoint["state_dict"])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, backbone, cache) -> None:
+    module = _module(backbone)
+    with torch.no_grad():
+        module.inverter.encoder.latents_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the loss is nan at step 0"):
+        fit(module, cache, tmp_path / "run", max_steps=2, batch_size=4, progress=False, precision="fp32")
+
+
+def test_consistency_term_reaches_the_branch(backbone) -> None:
+    module = _module(backbone, consistency_weight=1.0, consistency_max_timestep=1.0)
+    for block in module.inverter.branch.controlnet_down_blocks:
+        torch.nn.init.normal_(block.weight, std=0.1)
+    latents, features = torch.randn(2, 4, 4, 4), torch.rand(2, 512, 2, 2)
+    losses = module.inverter.training_losses(None, features, seeds=[1, 2], latents=latents)
+    module._consistency(losses["estimate"], losses["timesteps"], features).backward()
+    gradient = module.inverter.branch.controlnet_down_blocks[0].weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
