@@ -1,0 +1,149 @@
+"""Train a small prior from scratch: its first stage, then its UNet. Interrupted, the same command goes on.
+
+python -m tools.train_prior scenes64
+python -m tools.train_prior scenes64 first_stage.module.params.max_steps=100 out=runs/quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from featinv.backbones.base import Backbone
+from featinv.config import CONFIG_ROOT, instantiate, load_config
+from featinv.data.memory import InMemoryImages
+from featinv.diffusion.controlled_unet import unconditional
+from featinv.diffusion.first_stage import FirstStage, normalise_latents
+from featinv.diffusion.prior import DiffusionPrior
+from featinv.diffusion.samplers import sample
+from featinv.errors import UserError, exit_on_user_error
+from featinv.files import write_json
+from featinv.image import make_grid, save_png, seeded_noise
+from featinv.training.runner import fit
+
+
+class Latents:
+    """The latents of all images, with the interface of a batch-indexed data set."""
+
+    def __init__(self, first_stage: FirstStage, images: InMemoryImages):
+        with torch.no_grad():
+            parts = [first_stage.encode(images[range(i, min(i + 64, len(images)))]["image"]) for i in _starts(images)]
+        self.latents = torch.cat(parts)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {"latents": self.latents[rows]}
+
+
+def _starts(images: InMemoryImages) -> range:
+    return range(0, len(images), 64)
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def judge_first_stage(first_stage: FirstStage, backbone: Backbone, images: Tensor) -> tuple[dict[str, float], Tensor]:
+    """PSNR in dB and feature cosine of the round trip, and the floor of the cosine (shuffled images)."""
+    again = torch.cat([first_stage.decode(first_stage.encode(part)) for part in images.split(64)])
+    features, other = (torch.cat([backbone(p).flatten(1) for p in x.split(64)]) for x in (images, again))
+    psnr = -10 * (again - images).square().mean((1, 2, 3)).log10()
+    figures = {
+        "psnr": float(psnr.mean()),
+        "cosine": float(F.cosine_similarity(features, other).mean()),
+        "floor": float(F.cosine_similarity(features, features.roll(1, 0)).mean()),
+        "images": len(images),
+    }
+    return figures, again
+
+
+def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tensor, out: Path) -> FirstStage:
+    """Train the autoencoder and write its figures and a grid."""
+    backbone = instantiate(config.backbone, where="backbone")
+    node = config.first_stage
+    torch.manual_seed(0)
+    first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
+    if first_stage.shortcut is not None:
+        first_stage.shortcut.fit(images[range(min(3000, len(images)))]["image"])
+    module = instantiate(node.module, where="first_stage.module", first_stage=first_stage, backbone=backbone)
+    started = time.time()
+    fit(module, images, out / "first_stage", max_steps=module.max_steps, batch_size=node.batch_size)
+    first_stage.eval().requires_grad_(False)
+    normalise_latents(first_stage, images[range(min(2000, len(images)))]["image"])
+    figures, again = judge_first_stage(first_stage, backbone, held_out)
+    write_json(out / "first_stage.json", figures | {"minutes": (time.time() - started) / 60})
+    save_png(out / "first_stage.png", make_grid([held_out[:10], again[:10]], ["original", "round trip"]))
+    print("first stage, held out:", json.dumps(figures))
+    return first_stage
+
+
+def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImages, out: Path) -> DiffusionPrior:
+    """Train the UNet on the latents and write samples."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(**_plain(config.unet.config))
+    # Scenes have no captions: one token of zeros stands for every prompt.
+    text = {name: torch.zeros(1, 1, unet.config.cross_attention_dim) for name in ("prompt", "null")}
+    scheduler = DDPMScheduler(**_plain(config.unet.scheduler))
+    prior = DiffusionPrior(first_stage, unet, scheduler, text, config.size)
+    module = instantiate(config.unet.module, where="unet.module", prior=prior)
+    latents = Latents(first_stage, images)
+    fit(module, latents, out / "unet", max_steps=module.max_steps, batch_size=config.unet.batch_size)  # type: ignore[arg-type]
+    with module.ema.applied():
+        save_png(out / "samples.png", make_grid(list(draw(prior, 30).split(10))))
+        prior.save_pretrained(out / "prior", dtype=torch.float16)
+    return prior
+
+
+def draw(prior: DiffusionPrior, n: int, num_inference_steps: int = 20) -> Tensor:
+    """n unconditional samples (n, 3, H, W) with seeds 0 .. n - 1."""
+    prior.freeze()
+    noise = seeded_noise(range(n), prior.latent_shape)
+    latents = sample(
+        lambda x, t: unconditional(prior.unet, prior.text["null"], x, t),
+        noise,
+        prior.scheduler,
+        num_inference_steps=num_inference_steps,
+    )
+    return prior.first_stage.decode(latents)
+
+
+@exit_on_user_error
+def main() -> None:
+    """Parse, train, report."""
+    names = ", ".join(sorted(p.stem for p in (CONFIG_ROOT / "prior").glob("*.yaml")))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prior", help=f"a name in configs/prior ({names}) or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key=value; out=FOLDER chooses where the run goes")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    overrides = [word for word in arguments.overrides if not word.startswith("out=")]
+    chosen = [word[4:] for word in arguments.overrides if word.startswith("out=")]
+    path = CONFIG_ROOT / "prior" / f"{arguments.prior}.yaml"
+    if not path.is_file() and not Path(arguments.prior).is_file():
+        raise UserError(f"no prior {arguments.prior!r} in configs/prior; there are: {names}.")
+    config = load_config(path if path.is_file() else arguments.prior, overrides)
+    out = Path(chosen[-1] if chosen else f"runs/prior_{Path(arguments.prior).stem}")
+    pl.seed_everything(0)
+    images = InMemoryImages(instantiate(config.data, where="data"), num_workers=2)
+    validation = InMemoryImages(instantiate(config.validation, where="validation"))
+    first_stage = train_first_stage(config, images, validation[range(len(validation))]["image"], out)
+    train_unet(config, first_stage, images, out)
+    print(f"prior in {out / 'prior'}; samples in {out / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    main()
