@@ -9,20 +9,32 @@ from featinv.backbones.base import Backbone, FeatureSpec
 __all__ = ["Backbone", "FeatureSpec", "load_backbone"]
 
 
-def load_backbone(name: str, layer: str = "final", **params: Any) -> Backbone:
+def load_backbone(name: str, layer: str | None = None, **params: Any) -> Backbone:
     """Load a frozen backbone.
 
     Args:
-        name: A bundled name (efficientnet_lite0, mobilenetv2) or any timm model.
-        layer: "final", a name from timm's feature list, or any module of the model.
-        **params: See `TimmBackbone`.
+        name: A file in configs/backbone ("convnext_base", "resnet50_early"), a bundled name (efficientnet_lite0,
+            mobilenetv2), any timm model, or "open_clip:" and the name of an OpenCLIP model.
+        layer: "final", a name from the model's feature list, or any module of a timm model; None takes the YAML's own,
+            else "final".
+        **params: Arguments of the backbone class; they override the YAML's.
 
     Raises:
         UserError: If there is no such model or layer, naming the nearest.
     """
     from featinv.backbones.bundled import BUNDLED, bundled_backbone
     from featinv.backbones.timm_backbone import TimmBackbone
+    from featinv.config import CONFIG_ROOT, instantiate, load_group
 
+    if layer is not None:
+        params["layer"] = layer
+    if (CONFIG_ROOT / "backbone" / f"{name}.yaml").is_file():
+        node = load_group("backbone", name)
+        return instantiate({"target": node.target, "params": {**node.params, **params}}, where=f"backbone {name}")
     if name in BUNDLED:
-        return bundled_backbone(name, layer, **params)
-    return TimmBackbone(name, layer, **params)
+        return bundled_backbone(name, **params)
+    if name.startswith("open_clip:"):
+        from featinv.backbones.open_clip_backbone import OpenCLIPBackbone
+
+        return OpenCLIPBackbone(name.removeprefix("open_clip:"), **params)
+    return TimmBackbone(name, **params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,26 @@ class Backbone(nn.Module):
                 shape = self(torch.zeros(1, 3, self.input_size, self.input_size, device=self.mean.device)).shape
             self._spec = FeatureSpec(shape[1], shape[2], shape[3], self.layer)
         return self._spec
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers worth inverting, first to last."""
+        return [self.layer]
+
+    def at(self, layer: str) -> Backbone:
+        """The same network, sharing its weights, cut at another layer.
+
+        Raises:
+            UserError: If there is no such layer, naming the nearest.
+        """
+        other = copy.copy(self)
+        other.layer, other._spec = layer, None
+        other._cut()
+        return other
+
+    def _cut(self) -> None:
+        """Prepare the forward to `self.layer`."""
+        raise UserError(f"{type(self).__name__} has one layer only.")
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> features (N, C, H, W)."""

@@ -59,8 +59,16 @@ class TimmBackbone(Backbone):
                 ) from error
         self.name = name
         self.model: Any = model
-        self._extract = self._choose(layer)
+        self._cut()
         self.freeze()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names in timm's feature list, then "final"; any other module's name works as well."""
+        return [*(info["module"] for info in getattr(self.model, "feature_info", [])), "final"]
+
+    def _cut(self) -> None:
+        self._extract = self._choose(self.layer)
 
     def _choose(self, layer: str) -> Callable[[Tensor], Tensor]:
         if layer == "final":

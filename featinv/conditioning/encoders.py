@@ -69,12 +69,59 @@ class _Residual(nn.Module):
         return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
 
 
+class RidgeEstimate(nn.Module):
+    """A linear estimate of the latents, solved in closed form before training and fixed from then on.
+
+    Each feature position sees its 3 x 3 neighbourhood and predicts the block of latent positions that lies over it.
+
+    Args:
+        channels: Of the whitened features.
+        grid: (height, width) of the features.
+        latent_shape: (c, h, w) of the latents.
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int, grid: tuple[int, int], latent_shape: tuple[int, int, int]):
+        super().__init__()
+        c, h, w = latent_shape
+        fits = h % grid[0] == 0 and w % grid[1] == 0 and h // grid[0] == w // grid[1]
+        self.block = h // grid[0] if fits else 1
+        self.grid, self.channels = (h // self.block, w // self.block), channels
+        self.register_buffer("weight", torch.zeros(c * self.block**2, 9 * channels + 1))
+
+    def _columns(self, whitened: Tensor) -> Tensor:
+        """(N, K, H, W) -> (N, 9 K + 1, positions); the last row is the bias."""
+        if tuple(whitened.shape[2:]) != self.grid:
+            whitened = F.adaptive_avg_pool2d(whitened, self.grid)
+        columns = F.unfold(whitened, 3, padding=1)
+        return torch.cat([columns, torch.ones_like(columns[:, :1])], 1)
+
+    @torch.no_grad()
+    def fit(self, whitened: Tensor, latents: Tensor, ridge: float = 0.03) -> None:
+        """Solve for whitened features (N, K, H, W) and latents (N, c, h, w); `ridge` is the penalty per row."""
+        size = self.weight.shape[1]
+        gram, cross, rows = torch.zeros(size, size), torch.zeros(size, self.weight.shape[0]), 0
+        for x, y in zip(whitened.split(256), latents.split(256), strict=True):
+            columns = self._columns(x).transpose(1, 2).flatten(0, 1)
+            targets = F.pixel_unshuffle(y, self.block).flatten(2).transpose(1, 2).flatten(0, 1)
+            gram, cross, rows = gram.addmm_(columns.T, columns), cross.addmm_(columns.T, targets), rows + len(columns)
+        gram.diagonal()[:-1].add_(ridge * rows)
+        self.weight.copy_(torch.linalg.solve(gram, cross).T)
+
+    def forward(self, whitened: Tensor) -> Tensor:
+        """(N, K, H, W) -> (N, c, h, w)."""
+        blocks = (self.weight @ self._columns(whitened)).unflatten(2, self.grid)
+        return F.pixel_shuffle(blocks, self.block)
+
+
 class SpatialEncoder(nn.Module):
     """Whitened features -> mixing at their own resolution -> the latent grid -> the embedding.
 
-    A small head on the trunk estimates the clean latents. Trained with a plain regression loss, it tells the trunk from
-    the first step what the branch will need, long before the branch's zero convolutions let a gradient through; its
-    estimate is also the posterior mean that a regression inverter would draw.
+    Beside the embedding it estimates the clean latents: a closed-form linear estimate plus a small head on the trunk,
+    trained with a plain regression loss. So the branch is told from the first step roughly where to go, long before its
+    zero convolutions let a gradient through; the estimate is also the posterior mean that a regression inverter would
+    draw.
 
     Args:
         spec: The backbone's feature spec.
@@ -83,6 +130,66 @@ class SpatialEncoder(nn.Module):
         components: Whitened directions kept.
         hidden: Width of the trunk.
         blocks: Residual blocks after the resize to the latent grid (and as many before it).
+        linear: Whether the closed-form estimate is used.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        latent_shape: tuple[int, int, int],
+        embedding_channels: int,
+        components: int = 384,
+        hidden: int = 192,
+        blocks: int = 2,
+        linear: bool = True,
+    ):
+        super().__init__()
+        self.spec, self.latent_shape = spec, latent_shape
+        self.whitening = Whitening(spec.channels, components)
+        width = len(self.whitening.projection)
+        self.linear = RidgeEstimate(width, (spec.height, spec.width), latent_shape) if linear else None
+        self.mix = nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), *(_Residual(hidden) for _ in range(blocks)))
+        self.refine = nn.Sequential(*(_Residual(hidden) for _ in range(blocks)), nn.GroupNorm(16, hidden), nn.SiLU())
+        self.latents_head = nn.Conv2d(hidden, latent_shape[0], 3, padding=1)
+        nn.init.zeros_(self.latents_head.weight)
+        self.embedding_head = nn.Conv2d(hidden + latent_shape[0], embedding_channels, 3, padding=1)
+
+    def _whitened(self, features: Tensor) -> Tensor:
+        _check(features, self.spec)
+        return self.whitening(features)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, latents: Tensor) -> None:
+        """Set whitening and linear estimate from features (N, C, H, W) and latents (N, c, h, w), before training."""
+        self.whitening.fit(features)
+        if self.linear is not None:
+            self.linear.fit(self._whitened(features), latents)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding (N, C0, h, w) and the regression estimate of the latents (N, c, h, w)."""
+        whitened = self._whitened(features)
+        mixed = F.interpolate(self.mix(whitened), self.latent_shape[1:], mode="bilinear", align_corners=False)
+        trunk = self.refine(mixed)
+        latents = self.latents_head(trunk)
+        if self.linear is not None:
+            latents = latents + self.linear(whitened)
+        # Detached: the estimate serves the branch, the branch does not bend the estimate.
+        return self.embedding_head(torch.cat([trunk, latents.detach()], 1)), latents
+
+
+class PooledEncoder(SpatialEncoder):
+    """The same after averaging the features over all positions: what a non-spatial inverter is told (ablation).
+
+    The pooled vector is copied to every position beside learned position channels, so that it can place things at all;
+    the linear estimate, which could not, is left out.
+
+    Args:
+        spec: The backbone's feature spec.
+        latent_shape: (c, h, w) of the latents.
+        embedding_channels: Channels of the UNet's first block.
+        components: Whitened directions kept.
+        hidden: Width of the trunk.
+        blocks: As of `SpatialEncoder`.
     """
 
     def __init__(
@@ -94,38 +201,18 @@ class SpatialEncoder(nn.Module):
         hidden: int = 192,
         blocks: int = 2,
     ):
-        super().__init__()
-        self.spec, self.latent_shape = spec, latent_shape
-        self.whitening = Whitening(spec.channels, components)
+        super().__init__(spec, latent_shape, embedding_channels, components, hidden, blocks, linear=False)
         width = len(self.whitening.projection)
-        self.mix = nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), *(_Residual(hidden) for _ in range(blocks)))
-        self.refine = nn.Sequential(*(_Residual(hidden) for _ in range(blocks)), nn.GroupNorm(16, hidden), nn.SiLU())
-        self.latents_head = nn.Conv2d(hidden, latent_shape[0], 3, padding=1)
-        self.embedding_head = nn.Conv2d(hidden + latent_shape[0], embedding_channels, 3, padding=1)
+        self.position = nn.Parameter(torch.randn(1, width, spec.height, spec.width))
 
-    def trunk(self, features: Tensor) -> Tensor:
-        """Features (N, C, H, W) -> (N, hidden, h, w)."""
-        _check(features, self.spec)
-        mixed = self.mix(self.whitening(features))
-        return self.refine(F.interpolate(mixed, self.latent_shape[1:], mode="bilinear", align_corners=False))
+    def _whitened(self, features: Tensor) -> Tensor:
+        pooled = super()._whitened(features).mean((2, 3), keepdim=True)
+        return pooled.expand(-1, -1, *self.position.shape[2:]) + self.position
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embedding (N, C0, h, w) and the regression estimate of the latents (N, c, h, w)."""
-        trunk = self.trunk(features)
-        latents = self.latents_head(trunk)
-        # Detached: the estimate serves the branch, the branch does not bend the estimate.
-        return self.embedding_head(torch.cat([trunk, latents.detach()], 1)), latents
-
-
-class PooledEncoder(SpatialEncoder):
-    """The same after averaging the features over all positions: what a non-spatial inverter is told (ablation).
-
-    The pooled vector is copied to every position; learned position channels let it place things at all.
-    """
-
-    def trunk(self, features: Tensor) -> Tensor:
-        """Features (N, C, H, W) -> (N, hidden, h, w) that depend on the spatial mean alone."""
-        return super().trunk(features.mean((2, 3), keepdim=True).expand_as(features))
+    @torch.no_grad()
+    def fit(self, features: Tensor, latents: Tensor) -> None:
+        """Set the whitening from the averages of features (N, C, H, W)."""
+        self.whitening.fit(features.mean((2, 3), keepdim=True))
 
 
 class PublishedEncoder(nn.Module):
@@ -152,6 +239,9 @@ class PublishedEncoder(nn.Module):
         self.out = nn.Conv2d(hidden, embedding_channels, 3, padding=1)
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
+
+    def fit(self, features: Tensor, latents: Tensor) -> None:
+        """Nothing is set before training."""
 
     def forward(self, features: Tensor) -> tuple[Tensor, None]:
         """Return the embedding (N, C0, h, w); there is no estimate of the latents."""

@@ -29,6 +29,10 @@ class TrainableInverter(Inverter, Protocol):
         """Return a dict with "loss" (), a scalar to minimise, and parts to log."""
         ...
 
+    def prepare(self, features: Tensor, latents: Tensor) -> None:
+        """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
+        ...
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that training changes."""
         ...

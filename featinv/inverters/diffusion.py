@@ -63,6 +63,10 @@ class DiffusionInverter(nn.Module):
         """The prior's UNet with this inverter's branch."""
         return self._unet[0]
 
+    def prepare(self, features: Tensor, latents: Tensor) -> None:
+        """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
+        self.encoder.fit(features, latents)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters and buffers of everything but the prior: what a checkpoint holds."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("prior.")}
