@@ -42,8 +42,9 @@ def load_group(group: str, name: str) -> DictConfig:
 def load_config(experiment: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose an experiment.
 
-    An experiment file lists `defaults: [group/name, ...]`; each file is merged under its group's key, then the
-    experiment's own keys, then the overrides. An override `group=name` swaps a default's file.
+    An experiment file lists `defaults: [group/name, ...]`: each file becomes the value of its group's key. The default
+    `experiment/name` is another experiment to start from. Then the experiment's own keys are merged, then the overrides.
+    An override `group=name` swaps a whole group's file.
 
     Args:
         experiment: A name in configs/experiment or a path of a YAML file.
@@ -52,32 +53,42 @@ def load_config(experiment: str | Path, overrides: Sequence[str] = ()) -> DictCo
     Raises:
         UserError: If a file, group or key does not exist, naming the nearest one.
     """
-    path = Path(experiment)
-    own = OmegaConf.load(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
-    own = load_group("experiment", str(experiment)) if own is None else own
-    if not isinstance(own, DictConfig):
-        raise UserError(f"{path} must hold a mapping.")
-    swaps, words = _split_overrides(overrides)
-    composed: Any = OmegaConf.create({})
-    for entry in own.pop("defaults", []):
-        group, _, name = str(entry).partition("/")
-        composed = OmegaConf.merge(composed, {group: load_group(group, swaps.pop(group, name))})
-    for group in swaps:
-        raise UserError(f"this experiment has no default group {group!r} to swap.")
-    composed = OmegaConf.merge(composed, own)
-    assert isinstance(composed, DictConfig)
+    composed, groups = _compose(experiment)
+    swaps, words = _split_overrides(overrides, groups)
+    for group, name in swaps.items():
+        composed[group] = load_group(group, name)
     for key, value in words:
         _override(composed, key, value)
     return composed
 
 
-def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+def _compose(experiment: str | Path) -> tuple[DictConfig, set[str]]:
+    """The experiment before overrides, and the groups that it took from files."""
+    path = Path(experiment)
+    own = OmegaConf.load(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    own = load_group("experiment", str(experiment)) if own is None else own
+    if not isinstance(own, DictConfig):
+        raise UserError(f"{path} must hold a mapping.")
+    composed, groups = OmegaConf.create({}), set()
+    for entry in own.pop("defaults", []):
+        group, _, name = str(entry).partition("/")
+        if group == "experiment":
+            composed, groups = _compose(name)
+            continue
+        composed[group] = load_group(group, name)  # replaced, not merged: parameters of another target would linger
+        groups.add(group)
+    merged = OmegaConf.merge(composed, own)
+    assert isinstance(merged, DictConfig)
+    return merged, groups
+
+
+def _split_overrides(overrides: Sequence[str], groups: set[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
     swaps, words = {}, []
     for word in overrides:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word!r} is not of the form key=value.")
-        if (CONFIG_ROOT / key).is_dir():
+        if key in groups:
             swaps[key] = value
         else:
             words.append((key, value))

@@ -86,8 +86,12 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 @contextlib.contextmanager
-def run_lock(folder: str | Path) -> Iterator[None]:
+def run_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one process; a dead process's lock is gone with it.
+
+    Args:
+        folder: The folder.
+        wait: Wait for another process to finish instead of giving up.
 
     Raises:
         UserError: If another process holds it.
@@ -96,7 +100,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise UserError(f"another process is working in {folder}; wait for it or choose another folder.") from error
         yield

@@ -45,7 +45,7 @@ class Latents:
         return len(self.latents)
 
     def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
-        return {"latents": self.latents[rows]}
+        return {"latents": self.latents[[row % len(self) for row in rows]]}
 
 
 def _starts(images: InMemoryImages) -> range:

@@ -102,6 +102,21 @@ class FlatFolder(ImageList):
         super().__init__(entries, size, augment=augment, verify=verify, where=str(folder))
 
 
+def pictures(path: str | os.PathLike[str], size: int) -> ImageList:
+    """One picture, or all pictures of a folder, cropped to `size`.
+
+    Raises:
+        UserError: If there is no such file or folder, or nothing in it can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FlatFolder(path, size)
+    if not path.is_file():
+        raise UserError(f"there is no picture or folder {path}.")
+    (name,) = stable_ids([path.name])
+    return ImageList([Entry(name, -1, str(path))], size, verify="full", where=str(path))
+
+
 def list_images(folder: Path, recursive: bool = True) -> list[str]:
     """List image files (by suffix, hidden ones left out) as sorted paths relative to `folder`."""
     found = []

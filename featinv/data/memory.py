@@ -30,7 +30,7 @@ class InMemoryImages(Dataset[dict[str, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        return {"image": self.images[list(rows)].float() / 255}
+        return {"image": self.images[[row % len(self) for row in rows]].float() / 255}
 
 
 def _bytes(items: list[dict[str, Any]]) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,14 @@ def sample_seed(seed: int, image_id: str, sample: int) -> int:
     """The seed of one sample of one image: stable whatever else is reconstructed beside it."""
     digest = hashlib.sha256(f"{seed}/{image_id}/{sample}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+class Items(Protocol):
+    """A list of items or a map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 class Reconstructions:
@@ -58,19 +65,9 @@ class Reconstructions:
         return torch.stack([load_png(self.folder / e["samples"][sample]["file"]) for e in self.manifest["images"]])
 
 
-def _plan(items: Sequence[dict[str, Any]], samples: int, seed: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": item["id"],
-            "label": int(item["label"]),
-            "original": f"originals/{item['id']}.png",
-            "samples": [
-                {"file": f"samples/{item['id']}_{k}.png", "seed": sample_seed(seed, item["id"], k)}
-                for k in range(samples)
-            ],
-        }
-        for item in items
-    ]
+def _plan(item: dict[str, Any], samples: int, seed: int) -> dict[str, Any]:
+    drawn = [{"file": f"samples/{item['id']}_{k}.png", "seed": sample_seed(seed, item["id"], k)} for k in range(samples)]
+    return {"id": item["id"], "label": int(item["label"]), "original": f"originals/{item['id']}.png", "samples": drawn}
 
 
 def _is_whole(path: Path) -> bool:
@@ -84,7 +81,7 @@ def _is_whole(path: Path) -> bool:
 def reconstruct(
     inverter: Inverter,
     backbone: Backbone,
-    items: Sequence[dict[str, Any]],
+    items: Items,
     folder: str | Path,
     *,
     samples: int = 1,
@@ -101,7 +98,7 @@ def reconstruct(
     Args:
         inverter: Any inverter.
         backbone: Computes the features, on its own device.
-        items: Data set items (image, label, id).
+        items: Data set items (image, label, id), read when they are needed.
         folder: Where the pictures go.
         samples: Reconstructions of each image.
         seed: The seed of sample k of an image follows from (seed, id, k).
@@ -113,14 +110,20 @@ def reconstruct(
     Raises:
         UserError: If the folder holds reconstructions with other settings, or the disk is full.
     """
-    folder = Path(folder)
-    manifest: dict[str, Any] = {"about": about or {}, "seed": seed, "images": _plan(items, samples, seed)}
+    folder, device = Path(folder), backbone.mean.device
+    manifest: dict[str, Any] = {"about": about or {}, "seed": seed, "images": []}
     path = folder / "manifest.json"
     with run_lock(folder):
         if path.is_file():
             before = json.loads(path.read_text())
             if before["about"] != json.loads(json.dumps(manifest["about"], default=str)) or before["seed"] != seed:
                 raise UserError(f"{folder} holds reconstructions with other settings; choose another folder.")
+        for i in range(len(items)):
+            item = items[i]
+            entry = _plan(item, samples, seed)
+            manifest["images"].append(entry)
+            if not _is_whole(folder / entry["original"]):
+                save_png(folder / entry["original"], _at_size(item["image"], size))
         write_json(path, manifest)
         todo = [
             (i, k)
@@ -128,9 +131,6 @@ def reconstruct(
             for k in range(samples)
             if not _is_whole(folder / entry["samples"][k]["file"])
         ]
-        for i, entry in enumerate(manifest["images"]):
-            if not _is_whole(folder / entry["original"]):
-                save_png(folder / entry["original"], _at_size(items[i]["image"], size))
         if len(todo) < samples * len(items):
             log.info(
                 "%d of %d reconstructions are already there",
@@ -140,10 +140,11 @@ def reconstruct(
         with tqdm(total=len(todo), desc=title, unit="img", disable=not todo) as bar:
             for start in range(0, len(todo), batch_size):
                 part = todo[start : start + batch_size]
-                images = torch.stack([items[i]["image"] for i, _ in part])
+                read = {i: items[i]["image"] for i in {i for i, _ in part}}
+                images = torch.stack([read[i] for i, _ in part])
                 seeds = [manifest["images"][i]["samples"][k]["seed"] for i, k in part]
                 with torch.no_grad():
-                    features = backbone(images)
+                    features = backbone(images.to(device))
                 for (i, k), image in zip(part, inverter.invert(features, seeds=seeds), strict=True):
                     save_png(folder / manifest["images"][i]["samples"][k]["file"], image)
                 bar.update(len(part))

@@ -1,11 +1,18 @@
-"""Which rows make up which batch: a function of (seed, step), so that a resumed run sees what it would have seen."""
+"""Which rows make up which batch: a function of (seed, step), so that a resumed run sees what it would have seen.
+
+Training data sets are indexed with a list of rows and return a whole batch. Row r of epoch e is asked for as
+e * length + r, so that a data set can draw other crops and noise in each epoch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+from featinv.data.datamodule import collate
 
 
 class StepBatches(Sampler[list[int]]):
@@ -47,5 +54,29 @@ class StepBatches(Sampler[list[int]]):
                     epoch = position // self.length
                     generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
                     order = torch.randperm(self.length, generator=generator)
-                rows.append(int(order[position % self.length]))
+                rows.append(epoch * self.length + int(order[position % self.length]))
             yield rows
+
+
+class BatchedRows(Dataset[dict[str, Any]]):
+    """A map-style data set of images, indexed with a list of rows.
+
+    Args:
+        dataset: Its items are as in `featinv.data`; `set_epoch`, where it has one, is told the epoch of each batch.
+    """
+
+    def __init__(self, dataset: Dataset[dict[str, Any]]):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
+        items: list[dict[str, Any]] = []
+        for epoch in sorted({row // len(self) for row in rows}):
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            own = [row % len(self) for row in rows if row // len(self) == epoch]
+            many = getattr(self.dataset, "__getitems__", None)
+            items += many(own) if many is not None else [self.dataset[row] for row in own]
+        return collate(items)

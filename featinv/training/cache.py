@@ -44,9 +44,9 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return len(self.arrays["mean"])
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        index = np.asarray(rows)
+        index = np.asarray(rows) % len(self)
         mean, std, features = (torch.from_numpy(self.arrays[k][index]).float() for k in ("mean", "std", "features"))
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(index[0]) * 7919 + len(index)))
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(rows[0]) * 7919 + len(index)))
         return {"latents": mean + std * noise, "features": features}
 
 
@@ -89,7 +89,7 @@ def build_cache(
     folder = Path(root) / cache_key(description)
     done_file = folder / "cache.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder):
+    with run_lock(folder, wait=True):
         done = json.loads(done_file.read_text())["done"] if done_file.is_file() else 0
         if done >= total:
             return FeatureCache(folder)

@@ -39,6 +39,10 @@ class EMA:
         finally:
             self._write(kept)
 
+    def copy_to_parameters(self) -> None:
+        """Replace the weights by the averages."""
+        self._write(self.averages)
+
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self.parameters.items():

@@ -41,6 +41,7 @@ class InversionModule(pl.LightningModule):
         consistency_max_timestep: Above it the one-step estimate is too blurred to judge, as a share of all timesteps.
         max_grad_norm: Gradient clipping.
         seed: Of noise, timesteps and dropout.
+        described: Written into every checkpoint, so that it can be loaded as an inverter (`featinv.inverters.build`).
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class InversionModule(pl.LightningModule):
         consistency_max_timestep: float = 0.6,
         max_grad_norm: float = 1.0,
         seed: int = 0,
+        described: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.inverter = inverter
+        self.inverter, self.described = inverter, described or {}
         self._backbone = [backbone]  # outside the module tree: never saved, never trained
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
@@ -82,7 +84,7 @@ class InversionModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
-        features = self._features(batch)
+        features = self.features_of(batch)
         seeds = sample_seeds(self.seed, self._step_seed(batch_idx), len(features))
         losses = self.inverter.training_losses(
             batch.get("image"), self._noised(features, seeds), seeds=seeds, latents=batch.get("latents")
@@ -107,7 +109,8 @@ class InversionModule(pl.LightningModule):
         rank = self.trainer.global_rank if self._trainer is not None else 0
         return ((self.global_step * accumulate + batch_idx % accumulate) << 12) + rank
 
-    def _features(self, batch: dict[str, Any]) -> Tensor:
+    def features_of(self, batch: dict[str, Any]) -> Tensor:
+        """Features (N, C, H, W) of a batch, from its cache or computed."""
         if "features" in batch:
             return batch["features"].float()
         with torch.no_grad():
@@ -160,9 +163,15 @@ class InversionModule(pl.LightningModule):
         if self.ema is not None:
             self.ema.update()
 
+    def apply_average(self) -> None:
+        """Put the averaged weights in place of the last ones, for good."""
+        if self.ema is not None:
+            self.ema.copy_to_parameters()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only: the prior and the backbone never change."""
         checkpoint["state_dict"] = self.inverter.trainable_state()
+        checkpoint["featinv"] = self.described
         checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

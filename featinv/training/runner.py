@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.errors import UserError
+from featinv.data.datamodule import collate
 from featinv.files import run_lock
 from featinv.training.batches import StepBatches
 from featinv.training.precision import lightning_precision
@@ -58,6 +61,25 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
+class _Batches(pl.LightningDataModule):
+    """The loader is made once Lightning knows how many processes there are."""
+
+    def __init__(self, dataset: Dataset[dict[str, Any]], batch_size: int, stop: int, start: int, seed: int, workers: int):
+        super().__init__()
+        self.dataset, self.batch_size, self.stop, self.start = dataset, batch_size, stop, start
+        self.seed, self.workers = seed, workers
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.batch_size % world:
+            raise UserError(f"batch_size {self.batch_size} cannot be shared by {world} processes; make it a multiple.")
+        if isinstance(self.dataset, IterableDataset):
+            rows = self.batch_size // world
+            return DataLoader(self.dataset, rows, num_workers=self.workers, collate_fn=collate, drop_last=True)
+        batches = StepBatches(len(self.dataset), self.batch_size, self.stop, self.start, self.seed, rank, world)  # type: ignore[arg-type]
+        return DataLoader(self.dataset, sampler=batches, batch_size=None, num_workers=self.workers)
+
+
 def fit(
     module: pl.LightningModule,
     dataset: Dataset[dict[str, Any]],
@@ -71,14 +93,19 @@ def fit(
     accumulate: int = 1,
     callbacks: list[Callback] | None = None,
     progress: bool = True,
+    num_workers: int = 0,
+    devices: int | str = "auto",
+    strategy: str = "auto",
+    accelerator: str = "auto",
 ) -> None:
     """Train to `max_steps`, from the folder's last checkpoint if there is one.
 
-    The order of the rows is a function of (seed, step): a resumed run goes through what an uninterrupted one would.
+    The order of the rows is a function of (seed, step): a resumed run goes through what an uninterrupted one would. (A
+    streamed data set has no rows: it starts over when resumed.)
 
     Args:
         module: Its `training_step` takes a batch of `dataset`.
-        dataset: Indexed with a list of rows, it returns a whole batch.
+        dataset: Indexed with a list of rows, it returns a whole batch (see `batches`); or a stream of items.
         folder: Checkpoints and TensorBoard logs; held by one process at a time.
         max_steps: Optimizer steps of the whole run.
         batch_size: Rows of a batch, over all processes.
@@ -88,15 +115,20 @@ def fit(
         accumulate: Batches for each optimizer step.
         callbacks: Further Lightning callbacks.
         progress: Show a progress bar.
+        num_workers: Processes that read data.
+        devices: As Lightning's Trainer has it.
+        strategy: As Lightning's Trainer has it.
+        accelerator: As Lightning's Trainer has it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder):
+    # Lightning starts the other processes itself; the first one holds the folder for all.
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    with run_lock(folder) if first else contextlib.nullcontext():
         last = last_checkpoint(folder)
         start = load_checkpoint(last)["global_step"] if last is not None else 0
         if start >= max_steps:
             log.info("%s is trained to step %d already", folder, start)
-        batches = StepBatches(len(dataset), batch_size, max_steps * accumulate, start * accumulate, seed)  # type: ignore[arg-type]
         saver = ModelCheckpoint(
             dirpath=folder, filename="last", every_n_train_steps=checkpoint_every, save_top_k=1, save_last=False
         )
@@ -104,6 +136,9 @@ def fit(
         trainer = pl.Trainer(
             max_steps=max_steps,
             max_epochs=-1,
+            devices=devices,
+            strategy=strategy,
+            accelerator=accelerator,
             precision=lightning_precision(precision),  # type: ignore[arg-type]
             accumulate_grad_batches=accumulate,
             callbacks=[saver, *(callbacks or [])],
@@ -114,7 +149,7 @@ def fit(
             use_distributed_sampler=False,
             log_every_n_steps=20,
         )
-        loader: DataLoader[dict[str, Any]] = DataLoader(dataset, sampler=batches, batch_size=None)
-        trainer.fit(module, loader, ckpt_path=last)
+        batches = _Batches(dataset, batch_size, max_steps * accumulate, start * accumulate, seed, num_workers)
+        trainer.fit(module, batches, ckpt_path=last)
         if trainer.global_step > start:
             trainer.save_checkpoint(folder / _LAST)

@@ -1,0 +1,84 @@
+"""Command lines of the form `script.py experiment=NAME key=value --flag`, with a --help that lists every key."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from featinv.config import CONFIG_ROOT, is_node, load_config
+from featinv.errors import UserError
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line: the composed configuration `out=FOLDER`, and the flags that were set."""
+
+    config: DictConfig
+    name: str
+    out: Path | None
+    flags: frozenset[str]
+
+
+def parse_command_line(
+    description: str, default: str, flags: dict[str, str] | None = None, argv: Sequence[str] | None = None
+) -> CommandLine:
+    """Compose a script's configuration from its command line; `--help` prints it with every key and exits.
+
+    Args:
+        description: The script's docstring.
+        default: The configuration if no `experiment=` is given: a name in configs/experiment or a file.
+        flags: Name -> meaning of `--name` switches.
+        argv: Instead of sys.argv[1:].
+
+    Raises:
+        UserError: If a flag or a key is unknown, naming the nearest.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = {"help": "print this and the configuration that the other words make", **(flags or {})}
+    given = {word.removeprefix("--") for word in words if word.startswith("--")} | ({"help"} & set(words))
+    given |= {"help"} if "-h" in words else set()
+    words = [word for word in words if not word.startswith("-")]
+    for flag in given - set(flags):
+        raise UserError(f"unknown flag --{flag}; there are {', '.join('--' + name for name in flags)}.")
+    chosen = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    words = [word for word in words if not word.startswith("experiment=")]
+    folders = [word.partition("=")[2] for word in words if word.startswith("out=")]
+    words = [word for word in words if not word.startswith("out=")]
+    name = chosen[-1] if chosen else default
+    config = load_config(name, words)
+    if "help" in given:
+        print(_help(description, name, config, flags))
+        raise SystemExit(0)
+    _quieten()
+    return CommandLine(config, Path(name).stem, Path(folders[-1]) if folders else None, frozenset(given))
+
+
+def _help(description: str, name: str, config: DictConfig, flags: dict[str, str]) -> str:
+    experiments = sorted(path.stem for path in (CONFIG_ROOT / "experiment").glob("*.yaml"))
+    groups = sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and is_node(config.get(path.name)))
+    swaps = [f"  {g}=NAME  one of {', '.join(sorted(p.stem for p in (CONFIG_ROOT / g).glob('*.yaml')))}" for g in groups]
+    switches = [f"  --{flag}  {meaning}" for flag, meaning in flags.items()]
+    parts = [
+        description.strip(),
+        "\nflags:\n" + "\n".join(switches),
+        "\nout=FOLDER chooses where the run goes.",
+        f"\nexperiments (experiment=NAME or a YAML file): {', '.join(experiments)}",
+        *(["\nwhole groups that can be swapped:\n" + "\n".join(swaps)] if swaps else []),
+        f"\nkeys and their values in {name} (key.subkey=value; beneath `params` every argument of the target is a key):\n",
+        OmegaConf.to_yaml(config),
+    ]
+    return "\n".join(parts)
+
+
+def _quieten() -> None:
+    """Show our own messages; hide other libraries' advertisements and deprecations from the terminal."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("pytorch_lightning", "lightning", "httpx", "timm", "open_clip"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|diffusers|torch|timm|lightning")

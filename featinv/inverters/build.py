@@ -1,0 +1,203 @@
+"""From a configuration to an inverter, and from an inverter to a file and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from featinv.backbones.base import Backbone, FeatureSpec
+from featinv.checkpoint import load_checkpoint, save_checkpoint
+from featinv.config import instantiate, nearest, resolve_target
+from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
+from featinv.errors import UserError
+from featinv.inverters.base import Inverter, TrainableInverter
+
+INVERTER_FILE = "inverter.safetensors"
+
+
+def build_inverter(
+    config: DictConfig, spec: FeatureSpec, backbone: Backbone | None = None, prior: DiffusionPrior | None = None
+) -> Inverter:
+    """Build the inverter that `config.inverter` names.
+
+    What its constructor asks for beyond the YAML is derived: `prior` from config.prior, `encoder` from
+    config.conditioning (fitted to features and latents), `spec`, `backbone`, and `size` in pixels.
+
+    Args:
+        config: With `inverter`, and where needed `prior`, `conditioning` and `backbone`.
+        spec: Of the features to invert.
+        backbone: Loaded from config.backbone if an inverter needs it and it is not given.
+        prior: Loaded from config.prior if not given.
+
+    Raises:
+        UserError: If a part is missing or does not fit the others.
+    """
+    wanted = inspect.signature(resolve_target(config.inverter.target, "inverter.target")).parameters
+    given = config.inverter.get("params") or {}
+    derived: dict[str, Any] = {}
+    if "prior" in wanted:
+        if config.get("prior") is None and prior is None:
+            raise UserError("this inverter needs a prior; set prior=NAME_OR_PATH.")
+        derived["prior"] = prior = prior or load_prior(config.prior)
+    if "encoder" in wanted:
+        assert prior is not None
+        derived["encoder"] = instantiate(
+            config.conditioning,
+            where="conditioning",
+            spec=spec,
+            latent_shape=prior.latent_shape,
+            embedding_channels=prior.unet.config.block_out_channels[0],
+        )
+    if "spec" in wanted:
+        derived["spec"] = spec
+    if "backbone" in wanted:
+        derived["backbone"] = backbone or instantiate(config.backbone, where="backbone")
+    if "size" in wanted and "size" not in given and prior is not None:
+        derived["size"] = prior.size
+    return instantiate(config.inverter, where="inverter", **derived)
+
+
+def prior_fingerprint(prior: DiffusionPrior) -> str:
+    """A short hash that tells one prior from another, the same before and after rounding to half precision."""
+    digest = hashlib.sha256()
+    for tensor in (prior.unet.conv_in.weight, prior.unet.conv_out.weight, prior.first_stage.vae.decoder.conv_out.weight):
+        digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str, Any]:
+    """What a checkpoint must know to be loaded: resolved configuration, feature spec, and which prior."""
+    prior = getattr(inverter, "prior", None)
+    return {
+        "config": OmegaConf.to_container(config, resolve=True),
+        "spec": dataclasses.asdict(spec),
+        "prior": prior_fingerprint(prior) if isinstance(prior, DiffusionPrior) else None,
+    }
+
+
+def save_inverter(
+    path: str | Path,
+    inverter: TrainableInverter,
+    described: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    note: dict[str, Any] | None = None,
+) -> None:
+    """Write trained weights (apply their average first) with what `about` returned; atomically.
+
+    Args:
+        path: A .safetensors file.
+        inverter: Its `trainable_state` is written.
+        described: From `about`.
+        dtype: Round floating-point tensors, torch.float16 for weights that are shipped.
+        note: How it was trained: steps, images, figures.
+    """
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inverter.trainable_state().items()}
+    save_checkpoint(path, {"featinv": described, "state_dict": state, "note": note or {}})
+
+
+def bundled_inverters() -> list[str]:
+    """Names of the inverters that come with the package."""
+    paths = WEIGHTS_ROOT.glob("*/inverters/*.safetensors")
+    return sorted(f"{path.parent.parent.name}/{path.stem}" for path in paths)
+
+
+def find_inverter(name_or_path: str | Path) -> Path:
+    """The file of a bundled name, a run's folder or a file.
+
+    Raises:
+        UserError: If there is none, naming the nearest bundled name.
+    """
+    family, _, name = str(name_or_path).rpartition("/")
+    bundled = WEIGHTS_ROOT / family / "inverters" / f"{name}.safetensors"
+    path = Path(name_or_path)
+    candidates = [path / INVERTER_FILE, path / "last.safetensors"] if path.is_dir() else [path]
+    for candidate in ([bundled] if family else []) + candidates:
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise UserError(f"{path} holds no trained inverter (neither {INVERTER_FILE} nor last.safetensors).")
+    known = bundled_inverters()
+    hint = nearest(str(name_or_path), known) if known else "no inverters are bundled."
+    raise UserError(f"no inverter {str(name_or_path)!r}: neither a file, a run's folder nor bundled; {hint}")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A loaded inverter and what it was trained with."""
+
+    inverter: Inverter
+    config: DictConfig
+    spec: FeatureSpec
+    note: dict[str, Any]
+
+    def load_backbone(self) -> Backbone:
+        """The backbone whose features it inverts.
+
+        Raises:
+            UserError: If the backbone's map is not the one this inverter was built for.
+        """
+        backbone = instantiate(self.config.backbone, where="backbone")
+        check_spec(self.spec, backbone.spec)
+        return backbone
+
+
+def check_spec(wanted: FeatureSpec, found: FeatureSpec) -> None:
+    """Say so if a backbone's features are not those that an inverter was built for."""
+    if wanted != found:
+        raise UserError(f"the inverter was built for {wanted}, but the backbone gives {found}.")
+
+
+def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) -> Trained:
+    """Load an inverter with its configuration.
+
+    Args:
+        name_or_path: A bundled name ("scenes64/efficientnet_lite0"), a run's folder, or a checkpoint. Of a training
+            checkpoint the averaged weights are taken.
+        prior: Used instead of the one that the configuration names; it must be the same.
+
+    Raises:
+        UserError: If it is missing, damaged, or does not fit its prior.
+    """
+    path = find_inverter(name_or_path)
+    tree = load_checkpoint(path)
+    if "featinv" not in tree:
+        raise UserError(f"{path} is a checkpoint of another kind (no inverter in it).")
+    described = tree["featinv"]
+    config, spec = OmegaConf.create(described["config"]), FeatureSpec(**described["spec"])
+    assert isinstance(config, DictConfig)
+    inverter = build_inverter(config, spec, prior=prior)
+    found = getattr(inverter, "prior", None)
+    if isinstance(found, DiffusionPrior) and described["prior"] != prior_fingerprint(found):
+        raise UserError(f"{path} was trained with another prior than {config.prior!r}; retrain it or restore that prior.")
+    if isinstance(inverter, TrainableInverter):
+        _restore(inverter, _averaged(tree), path)
+    if isinstance(inverter, torch.nn.Module):
+        inverter.eval().requires_grad_(False)
+    return Trained(inverter, config, spec, tree.get("note") or {})
+
+
+def load_inverter(name_or_path: str | Path) -> Inverter:
+    """Load an inverter: `load_inverter(name).invert(features, seeds=...) -> images`; see `load_trained`."""
+    return load_trained(name_or_path).inverter
+
+
+def _averaged(tree: dict[str, Any]) -> dict[str, Tensor]:
+    averages = (tree.get("ema") or {}).get("averages") or {}
+    state = {**tree["state_dict"], **averages}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _restore(inverter: TrainableInverter, state: dict[str, Tensor], path: Path) -> None:
+    own = inverter.trainable_state()
+    wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit its own configuration: it differs in {wrong[0]!r}; the file is damaged.")
+    inverter.load_state_dict(state, strict=False)

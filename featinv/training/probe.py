@@ -1,0 +1,105 @@
+"""A fixed set of images that is reconstructed during training: the feature cosine, not the loss, says how it goes."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from featinv.backbones.base import Backbone
+from featinv.files import write_text
+from featinv.image import make_grid, resize, save_png
+
+
+class FeatureProbe(Callback):
+    """Reconstruct a fixed set with the averaged weights; log, list and draw the feature cosine.
+
+    Writes `probe.jsonl` (one line each time), `probe.png` (the curve) and `probe/STEP.png` (pictures) into `folder`.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1], held out.
+        backbone: Whose features are compared.
+        folder: The run's folder.
+        every: Optimizer steps between reconstructions.
+        batch_images: Images of one optimizer step, for the curve's axis.
+        shown: Pictures in a grid.
+    """
+
+    def __init__(
+        self, images: Tensor, backbone: Backbone, folder: str | Path, every: int, batch_images: int, shown: int = 12
+    ):
+        self.images, self.backbone, self.folder = images, backbone, Path(folder)
+        self.every, self.batch_images, self.shown = every, batch_images, shown
+        self.lines: list[dict[str, Any]] = []
+        self._started = time.time()
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compute the features, their floor (shuffled pairs) and ceiling (the first stage's round trip)."""
+        device = pl_module.device
+        self.images = self.images.to(device)
+        self.features = self.backbone(self.images)
+        prior = getattr(pl_module.inverter, "prior", None)
+        self.floor = self._cosine(self.features.roll(1, 0))
+        again = prior.first_stage.decode(prior.first_stage.encode(resize(self.images, prior.size))) if prior else None
+        self.ceiling = self._cosine(self.backbone(again)) if again is not None else 1.0
+        path = self.folder / "probe.jsonl"
+        known = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self.lines = [line for line in known if line["step"] <= trainer.global_step]
+
+    def _cosine(self, features: Tensor) -> float:
+        return float(F.cosine_similarity(features.flatten(1), self.features.flatten(1)).mean())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Reconstruct at every `every`-th step, and at the last."""
+        step = trainer.global_step
+        known = self.lines[-1]["step"] if self.lines else 0
+        if trainer.is_global_zero and step > known and (step % self.every == 0 or step == trainer.max_steps):
+            self.measure(trainer, pl_module)
+
+    @torch.no_grad()
+    def measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Reconstruct, and write the figures down."""
+        ema = getattr(pl_module, "ema", None)
+        with ema.applied() if ema is not None else nullcontext():
+            images = pl_module.inverter.invert(self.features, seeds=range(len(self.features)))
+        cosine = self._cosine(self.backbone(images))
+        share = (cosine - self.floor) / (self.ceiling - self.floor)
+        step = trainer.global_step
+        line = {
+            "step": step,
+            "images": step * self.batch_images,
+            "minutes": round((time.time() - self._started) / 60, 2),
+            "cosine": cosine,
+            "share": share,
+            "floor": self.floor,
+            "ceiling": self.ceiling,
+        }
+        self.lines.append(line)
+        pl_module.log_dict({"probe/cosine": cosine, "probe/share": share}, prog_bar=True)
+        write_text(self.folder / "probe.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.lines))
+        rows = [resize(self.images[: self.shown], images.shape[-1]), images[: self.shown]]
+        save_png(self.folder / "probe" / f"{step:07d}.png", make_grid(rows, ["original", "sample"]))
+        draw_curve(self.lines, self.folder / "probe.png")
+
+
+def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw the share of the span over images seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([line["images"] for line in lines], [line["share"] for line in lines], marker=".")
+    axes.set(xlabel="images seen", ylabel="share of the span", title="(cosine - floor) / (ceiling - floor)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,77 @@
+"""From a configuration to the rows that training sees: cached latents and features, or images as they come."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from featinv.config import instantiate
+from featinv.diffusion.prior import DiffusionPrior
+from featinv.errors import UserError
+from featinv.inverters.build import prior_fingerprint
+from featinv.training.batches import BatchedRows
+from featinv.training.cache import build_cache
+from featinv.training.module import InversionModule
+from featinv.training.runner import last_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def training_rows(config: DictConfig, module: InversionModule) -> Dataset[dict[str, Any]]:
+    """The training set of `config.data`: indexed with a list of rows it returns a batch; or a stream.
+
+    With `training.cache`, latents and features are computed once (or found from an earlier run), which saves the first
+    stage and the backbone in every step; random crops and flips are then those of the first epoch.
+
+    Raises:
+        UserError: If the inverter has no prior whose latents could be cached, or the disk is too small.
+    """
+    data = instantiate(config.data, where="data")
+    data.setup()
+    dataset, settings = data.train, config.training
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    if not settings.cache:
+        return BatchedRows(dataset)
+    prior = getattr(module.inverter, "prior", None)
+    if not isinstance(prior, DiffusionPrior):
+        raise UserError("training.cache keeps latents, which this inverter does not have; set training.cache=false.")
+    description = {
+        "data": OmegaConf.to_container(config.data.params.train, resolve=True),
+        "prior": prior_fingerprint(prior),
+        "backbone": OmegaConf.to_container(config.backbone, resolve=True),
+    }
+    return build_cache(
+        settings.cache_root, description, dataset, prior.first_stage, module.backbone, num_workers=data.num_workers
+    )
+
+
+def held_out_images(config: DictConfig, count: int) -> Tensor:
+    """The first `count` validation images, (N, 3, H, W) in [0, 1]."""
+    data = instantiate(config.data, where="data")
+    data.setup()
+    if data.val is None:
+        raise UserError("data.params.val is missing: training reports the feature cosine of held-out images.")
+    count = min(count, len(data.val))
+    return torch.stack([data.val[i]["image"] for i in range(count)])
+
+
+@torch.no_grad()
+def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: int, folder: Path) -> None:
+    """Let the inverter fit what it solves in closed form, from the first `images` rows, unless the run has begun."""
+    if not images or isinstance(dataset, IterableDataset) or last_checkpoint(folder) is not None:
+        return
+    features, latents = [], []
+    total = min(images, len(dataset))  # type: ignore[arg-type]
+    for start in range(0, total, 64):
+        batch = dataset[list(range(start, min(start + 64, total)))]  # type: ignore[index]
+        features.append(module.features_of(batch).cpu())
+        latents.append(batch["latents"] if "latents" in batch else module.inverter.prior.first_stage.encode(batch["image"]))
+    log.info("fitting whitening and linear estimate on %d images", total)
+    module.inverter.prepare(torch.cat(features), torch.cat(latents))

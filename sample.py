@@ -1,0 +1,115 @@
+"""Draw images that have the features of given images.
+
+python sample.py                                             bundled inverter, held-out scenes
+python sample.py image=my.jpg samples=8                      one picture, eight samples
+python sample.py inverter=runs/convnext_base per_class=10 n=null samples=1 out=runs/val   ImageNet val, 10 a class
+
+Writes originals/, samples/ and manifest.json (every file with its seed) and grid.png into the folder. Interrupted, the
+same command makes what is missing and nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from featinv.cli import parse_command_line
+from featinv.config import CONFIG_ROOT, instantiate
+from featinv.data.folders import pictures
+from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
+from featinv.errors import UserError, exit_on_user_error
+from featinv.image import make_grid, save_png
+from featinv.inverters.build import Trained, load_trained
+from featinv.inverters.reconstruct import Reconstructions, reconstruct
+
+
+def chosen_images(config: DictConfig, trained: Trained, size: int) -> Dataset[dict[str, Any]]:
+    """The images that the command line names, cropped to `size`; read when they are needed.
+
+    Raises:
+        UserError: If there is no such picture, or it cannot be read.
+    """
+    if config.image is not None:
+        dataset = pictures(config.image, size)
+    else:
+        data = instantiate(trained.config.data, where="data")
+        data.setup()
+        dataset = data.val
+    rows = list(range(len(dataset)))  # type: ignore[arg-type]
+    if config.per_class is not None:
+        count: Counter[int] = Counter()
+        kept = []
+        for row in tqdm(rows, desc="reading labels"):
+            label = int(dataset[row]["label"])
+            count[label] += 1
+            if count[label] <= config.per_class:
+                kept.append(row)
+        rows = kept
+    return Subset(dataset, rows[: config.n])
+
+
+def set_sampling(inverter: Any, config: DictConfig) -> None:
+    """Change how an inverter samples, where the command line says so."""
+    for name in ("sampler", "num_inference_steps", "strength"):
+        if config[name] is not None:
+            if not hasattr(inverter, name):
+                raise UserError(f"{type(inverter).__name__} has no {name}.")
+            setattr(inverter, name, config[name])
+    own = inverter.guidance if isinstance(getattr(inverter, "guidance", None), ClassifierFreeGuidance) else None
+    names = ("scale", "drop", "interval")
+    changed = {name: config[f"guidance_{name}"] for name in names if config[f"guidance_{name}"] is not None}
+    if changed:
+        kept = {name: getattr(own, name) for name in names} if own else {}
+        guidance = ClassifierFreeGuidance(**{**kept, **changed})
+        inverter.guidance = NoGuidance() if guidance.scale == 1 else guidance
+
+
+def sample(config: DictConfig, out: Path) -> Reconstructions:
+    """Reconstruct the chosen images into `out`."""
+    trained = load_trained(config.inverter)
+    inverter, backbone = trained.inverter, trained.load_backbone()
+    set_sampling(inverter, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(inverter, torch.nn.Module):
+        inverter.to(device)
+    size = inverter.prior.size if hasattr(inverter, "prior") else trained.config.data.params.val.params.size
+    items = chosen_images(config, trained, size)
+    made = reconstruct(
+        inverter,
+        backbone.to(device),
+        items,
+        out,
+        samples=config.samples,
+        seed=config.seed,
+        size=size,
+        batch_size=config.batch_size,
+        about={k: v for k, v in OmegaConf.to_container(config).items() if k not in ("n", "batch_size")},  # type: ignore[union-attr]
+        title="sampling",
+    )
+    draw_grid(made, config.samples, out / "grid.png")
+    return made
+
+
+def draw_grid(made: Reconstructions, samples: int, path: Path, shown: int = 16) -> None:
+    """One column an image: the original above its samples."""
+    rows = [made.originals()[:shown], *(made.samples(k)[:shown] for k in range(samples))]
+    save_png(path, make_grid(rows, ["original", *(f"sample {k + 1}" for k in range(samples))]))
+
+
+@exit_on_user_error
+def main() -> None:
+    """Read the command line, sample."""
+    command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "sample.yaml"))
+    out = command.out or Path("runs/samples")
+    made = sample(command.config, out)
+    print(f"{len(made.ids)} images x {command.config.samples} samples in {out}; look at {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main()

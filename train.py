@@ -1,0 +1,96 @@
+"""Train an inverter: a frozen prior, a frozen backbone, and what lies between them.
+
+python train.py experiment=scenes64                      the embedded default, on a laptop
+python train.py experiment=convnext_base                 the paper's setting; IMAGENET_ROOT and a GPU needed
+python train.py experiment=scenes64 conditioning=pooled training.max_steps=500 out=runs/pooled
+
+Interrupted, the same command goes on from the last checkpoint. The run's folder then holds inverter.safetensors, which
+sample.py and eval/ take, and probe.png, the feature cosine of held-out images over training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from featinv.cli import parse_command_line
+from featinv.config import instantiate
+from featinv.errors import exit_on_user_error
+from featinv.files import write_text
+from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
+from featinv.training.module import InversionModule
+from featinv.training.probe import FeatureProbe
+from featinv.training.rows import held_out_images, prepare, training_rows
+from featinv.training.runner import fit
+from featinv.training.summary import describe
+
+
+def train(config: DictConfig, out: Path, dry_run: bool = False) -> None:
+    """Train the inverter that a configuration describes.
+
+    Args:
+        config: See configs/experiment.
+        out: The run's folder.
+        dry_run: Build everything, print its parts and sizes, compute one loss, and stop.
+    """
+    settings = config.training
+    pl.seed_everything(settings.seed, verbose=False)
+    backbone = instantiate(config.backbone, where="backbone")
+    inverter = build_inverter(config, backbone.spec, backbone)
+    module: InversionModule = instantiate(
+        settings.module,
+        where="training.module",
+        inverter=inverter,
+        backbone=backbone,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+        described=about(config, inverter, backbone.spec),
+    )
+    print(describe(config, module))
+    if dry_run:
+        return
+    write_text(out / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    dataset, probe_images = training_rows(config, module), held_out_images(config, settings.probe_images)
+    prepare(module, dataset, settings.prepare_images, out)
+    probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)
+    fit(
+        module,
+        dataset,
+        out,
+        max_steps=settings.max_steps,
+        callbacks=[probe],
+        **{
+            name: settings[name]
+            for name in (
+                "batch_size",
+                "seed",
+                "checkpoint_every",
+                "precision",
+                "accumulate",
+                "num_workers",
+                "devices",
+                "strategy",
+                "accelerator",
+            )
+        },
+    )
+    if module.global_rank == 0:
+        figures = probe.lines[-1] if probe.lines else {}
+        module.apply_average()
+        save_inverter(out / INVERTER_FILE, inverter, module.described, torch.float16, figures)
+        print(f"{out / INVERTER_FILE} is written; feature cosine of {len(probe_images)} held-out images: {figures}")
+
+
+@exit_on_user_error
+def main() -> None:
+    """Read the command line, train."""
+    flags = {"dry-run": "build everything, print parts and sizes, and stop"}
+    command = parse_command_line(__doc__ or "", "scenes64", flags)
+    train(command.config, command.out or Path("runs") / command.name, "dry-run" in command.flags)
+
+
+if __name__ == "__main__":
+    main()
