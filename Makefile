@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test clean
+.PHONY: help install demo lint test clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -17,6 +17,9 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $(STAMP)
 
 install: $(STAMP)  ## Make .venv with the locked versions.
+
+demo: $(STAMP)  ## Train a branch, sample, evaluate; runs/demo/report.html.
+	$(BIN)/python -m tools.demo
 
 lint: $(STAMP)  ## Lint, format check, type check.
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from torch import Tensor
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import instantiate, nearest, resolve_target
+from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter, TrainableInverter
@@ -65,12 +66,24 @@ def build_inverter(
     return instantiate(config.inverter, where="inverter", **derived)
 
 
-def prior_fingerprint(prior: DiffusionPrior) -> str:
-    """A short hash that tells one prior from another, the same before and after rounding to half precision."""
+def fingerprint(*tensors: Tensor) -> str:
+    """A short hash of weights, the same before and after rounding to half precision."""
     digest = hashlib.sha256()
-    for tensor in (prior.unet.conv_in.weight, prior.unet.conv_out.weight, prior.first_stage.vae.decoder.conv_out.weight):
+    for tensor in tensors:
         digest.update(tensor.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def first_stage_fingerprint(first_stage: FirstStage) -> str:
+    """Tells one first stage from another, by its outermost layers."""
+    return fingerprint(first_stage.vae.encoder.conv_in.weight, first_stage.vae.decoder.conv_out.weight)
+
+
+def prior_fingerprint(prior: DiffusionPrior) -> str:
+    """Tells one prior from another, by its UNet's outermost layers and its first stage."""
+    return fingerprint(prior.unet.conv_in.weight, prior.unet.conv_out.weight) + first_stage_fingerprint(
+        prior.first_stage
+    )
 
 
 def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str, Any]:

@@ -163,3 +163,18 @@ class DiffusionInverter(nn.Module):
             }
         losses["timesteps"] = timesteps
         return losses
+
+
+class PosteriorMean:
+    """A diffusion inverter's regression estimate as an inverter of its own: one evaluation, no draw, blurred.
+
+    Args:
+        inverter: Whose encoder estimates the latents.
+    """
+
+    def __init__(self, inverter: DiffusionInverter):
+        self.inverter, self.prior = inverter, inverter.prior
+
+    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Features (N, C, H, W) -> images (N, 3, H, W) in [0, 1]; the seeds change nothing."""
+        return self.inverter.posterior_mean(features)

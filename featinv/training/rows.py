@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from featinv.config import instantiate
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
-from featinv.inverters.build import prior_fingerprint
+from featinv.inverters.build import first_stage_fingerprint
 from featinv.training.batches import BatchedRows
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
@@ -44,7 +44,7 @@ def training_rows(config: DictConfig, module: InversionModule) -> Dataset[dict[s
         raise UserError("training.cache keeps latents, which this inverter does not have; set training.cache=false.")
     description = {
         "data": OmegaConf.to_container(config.data.params.train, resolve=True),
-        "prior": prior_fingerprint(prior),
+        "first_stage": first_stage_fingerprint(prior.first_stage),
         "backbone": OmegaConf.to_container(config.backbone, resolve=True),
     }
     return build_cache(

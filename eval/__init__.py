@@ -1,0 +1,1 @@
+"""Evaluation from the shell: python -m eval.benchmark."""

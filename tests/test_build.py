@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+from conftest import tiny_prior
+from omegaconf import OmegaConf
+
+from featinv.checkpoint import load_checkpoint, save_checkpoint
+from featinv.config import load_config
+from featinv.errors import UserError
+from featinv.inverters.build import about, build_inverter, find_inverter, load_inverter, load_trained, save_inverter
+
+CONDITIONING = {
+    "target": "featinv.conditioning.encoders.SpatialEncoder",
+    "params": {"components": 16, "hidden": 16, "blocks": 1},
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    backbone = {
+        "target": "featinv.backbones.timm_backbone.TimmBackbone",
+        "params": {"name": "resnet10t", "pretrained": False, "input_size": 64},
+    }
+    inverter = {"target": "featinv.inverters.diffusion.DiffusionInverter", "params": {"num_inference_steps": 3}}
+    return OmegaConf.create(
+        {"prior": str(tmp_path / "prior"), "backbone": backbone, "conditioning": CONDITIONING, "inverter": inverter}
+    )
+
+
+def _saved(config, backbone, path, **more):
+    inverter = build_inverter(config, backbone.spec)
+    for parameter in inverter.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_inverter(path, inverter, about(config, inverter, backbone.spec), **more)
+    return inverter.eval()
+
+
+def test_a_saved_inverter_draws_the_same_images(tmp_path, config, backbone) -> None:
+    inverter = _saved(config, backbone, tmp_path / "run" / "inverter.safetensors", note={"steps": 5})
+    again = load_trained(tmp_path / "run")
+    features = backbone(torch.rand(2, 3, 32, 32))
+    difference = again.inverter.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])
+    assert difference.abs().max() < 1e-5  # memory layout alone rounds differently
+    assert again.note == {"steps": 5} and again.load_backbone().spec == backbone.spec
+    assert not any(p.requires_grad for p in again.inverter.parameters())
+
+
+def test_half_precision_changes_little(tmp_path, config, backbone) -> None:
+    inverter = _saved(config, backbone, tmp_path / "half.safetensors", dtype=torch.float16)
+    features = backbone(torch.rand(2, 3, 32, 32))
+    again = load_inverter(tmp_path / "half.safetensors")
+    assert (again.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])).abs().mean() < 0.02
+
+
+def test_another_prior_is_refused(tmp_path, config, backbone) -> None:
+    _saved(config, backbone, tmp_path / "a.safetensors")
+    torch.manual_seed(9)
+    other = tiny_prior()
+    other.save_pretrained(config.prior)
+    with pytest.raises(UserError, match="trained with another prior"):
+        load_inverter(tmp_path / "a.safetensors")
+
+
+def test_another_backbone_is_refused(tmp_path, config, backbone) -> None:
+    _saved(config, backbone, tmp_path / "a.safetensors")
+    tree = load_checkpoint(tmp_path / "a.safetensors")
+    tree["featinv"]["config"]["backbone"]["params"]["layer"] = "layer1"
+    save_checkpoint(tmp_path / "b.safetensors", tree)
+    with pytest.raises(UserError, match="built for"):
+        load_trained(tmp_path / "b.safetensors").load_backbone()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "key", "shape", "kind"])
+def test_a_damaged_file_is_named(tmp_path, config, backbone, damage) -> None:
+    path = tmp_path / "a.safetensors"
+    _saved(config, backbone, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("weights")
+    else:
+        tree = load_checkpoint(path)
+        name = "null_embedding"
+        if damage == "key":
+            del tree["state_dict"][name]
+        elif damage == "shape":
+            tree["state_dict"][name] = torch.zeros(1, 3, 1, 1)
+        else:
+            del tree["featinv"]
+        save_checkpoint(path, tree)
+    with pytest.raises(UserError, match="a.safetensors"):
+        load_inverter(path)
+
+
+def test_unknown_names_are_answered_with_the_nearest(tmp_path) -> None:
+    with pytest.raises(UserError, match="neither a file"):
+        find_inverter("scenes64/eficientnet")
+    with pytest.raises(UserError, match="holds no trained inverter"):
+        find_inverter(tmp_path)
+
+
+def test_an_untrained_inverter_equals_the_prior(config, backbone) -> None:
+    from featinv.diffusion.controlled_unet import unconditional
+    from featinv.diffusion.samplers import sample
+    from featinv.image import seeded_noise
+
+    inverter = build_inverter(config, backbone.spec)
+    prior = inverter.prior
+    latents = sample(
+        lambda x, t: unconditional(prior.unet, prior.text["prompt"], x, t),
+        seeded_noise([4, 5], prior.latent_shape),
+        prior.scheduler,
+        num_inference_steps=3,
+    )
+    images = inverter.invert(backbone(torch.rand(2, 3, 32, 32)), seeds=[4, 5])
+    assert torch.equal(images, prior.first_stage.decode(latents))  # bit for bit
+
+
+def test_experiments_inherit_and_groups_replace() -> None:
+    base, pooled = load_config("scenes64"), load_config("scenes64_pooled")
+    assert pooled.training == base.training and pooled.conditioning.target.endswith("PooledEncoder")
+    published = load_config("scenes64_reference")
+    assert published.inverter.params.guidance.params.drop == ["text"] and published.training.module.params.ema_decay == 0
+    swapped = load_config("convnext_base", ["backbone=resnet50"])
+    assert "input_size" not in swapped.backbone.params
+    assert json.loads(json.dumps(OmegaConf.to_container(swapped)))["prior"] == base.prior.replace(
+        "scenes64", "lambdalabs/miniSD-diffusers"
+    )

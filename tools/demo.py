@@ -1,0 +1,100 @@
+"""The whole system in a few minutes on a laptop: train a branch, sample, evaluate, one page to look at.
+
+python -m tools.demo            interrupted, the same command goes on
+python -m tools.demo images=64 training.max_steps=100
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import Subset
+from train import train
+
+from featinv.backbones import load_backbone
+from featinv.cli import parse_command_line
+from featinv.config import instantiate, load_group
+from featinv.errors import exit_on_user_error
+from featinv.files import write_json
+from featinv.inverters.build import Trained, build_inverter, bundled_inverters, load_trained
+from featinv.inverters.diffusion import PosteriorMean
+from featinv.metrics.benchmark import Benchmark, Contestant, scene_truth
+from featinv.report.benchmark import benchmark_sections, write_tables
+from featinv.report.page import file_tag, write_page
+
+IMAGES, SLOW_IMAGES, SLOW_STEPS = 256, 16, 100
+BUNDLED = "scenes64/efficientnet_lite0"
+
+
+def contestants(trained: Trained, backbone: Any) -> dict[str, Contestant]:
+    """The branch just trained, the bundled one, and the optimisation inverter on a few images."""
+    node = load_group("inverter", "optimisation")
+    node.params.update({"steps": SLOW_STEPS, "size": trained.inverter.prior.size})  # type: ignore[attr-defined]
+    optimisation = build_inverter(DictConfig({"inverter": node}), backbone.spec, backbone)
+    own = {"note": trained.note}
+    rows = {
+        "this branch": Contestant(trained.inverter, about=own),
+        "this branch, posterior mean": Contestant(PosteriorMean(trained.inverter), about=own),  # type: ignore[arg-type]
+    }
+    if BUNDLED in bundled_inverters():
+        bundled = load_trained(BUNDLED)
+        rows["bundled branch"] = Contestant(bundled.inverter, about={"note": bundled.note})
+    rows[f"optimisation, {SLOW_STEPS} steps"] = Contestant(optimisation, SLOW_IMAGES, {"steps": SLOW_STEPS})
+    return rows
+
+
+def run(config: DictConfig, out: Path) -> dict[str, Any]:
+    """Train, sample, evaluate, write metrics.json and report.html.
+
+    Returns:
+        The content of metrics.json.
+    """
+    started = time.time()
+    branch = out / "branch"
+    train(config, branch)
+    trained = load_trained(branch)
+    backbone = trained.load_backbone()
+    data = instantiate(config.data, where="data")
+    data.setup()
+    benchmark = Benchmark(
+        backbone,
+        Subset(data.val, range(IMAGES)),  # type: ignore[arg-type]
+        out,
+        referee=load_backbone("mobilenetv2"),
+        first_stage=trained.inverter.prior.first_stage,  # type: ignore[attr-defined]
+        truth=scene_truth(1000),
+        batch_size=64,
+        distribution_resamples=5,
+    )
+    content = benchmark.run(contestants(trained, backbone))
+    content["meta"]["minutes"] = round((time.time() - started) / 60, 1)
+    content["meta"]["training"] = json.loads((branch / "probe.jsonl").read_text().splitlines()[-1])
+    write_json(out / "metrics.json", content)
+    write_tables(out, content)
+    curve = ("Training: share of the span on held-out scenes", file_tag(branch / "probe.png", "share over images seen"))
+    write_page(out / "report.html", "featinv: the demo", [curve, *benchmark_sections(out, content)])
+    return content
+
+
+@exit_on_user_error
+def main() -> None:
+    """Say what will happen, then do it."""
+    command = parse_command_line(__doc__ or "", "demo")
+    settings = command.config.training
+    out = command.out or Path("runs/demo")
+    print(
+        f"demo: caches {command.config.data.params.train.params.length} rendered scenes (1 min), trains a branch for "
+        f"{settings.max_steps} steps of {settings.batch_size} (5 min), reconstructs {IMAGES} held-out scenes, inverts "
+        f"{SLOW_IMAGES} by optimisation, evaluates (2 min): about 8 minutes on 2 cores. Into {out}; goes on if interrupted."
+    )
+    content = run(command.config, out)
+    print((out / "table.md").read_text())
+    print(f"{content['meta']['minutes']} minutes; open {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
