@@ -51,7 +51,9 @@ def contestants(
     """The benchmark's rows, by names that are good for folders."""
     unknown = set(limits) - set(loaded)
     if unknown:
-        raise UserError(f"limits.{sorted(unknown)[0]} is no inverter of this run: {nearest(sorted(unknown)[0], list(loaded))}")
+        raise UserError(
+            f"limits.{sorted(unknown)[0]} is no inverter of this run: {nearest(sorted(unknown)[0], list(loaded))}"
+        )
     first = next(trained for trained in loaded.values() if trained is not None)
     rows = {}
     for name, trained in loaded.items():
@@ -64,7 +66,9 @@ def contestants(
             about = OmegaConf.to_container(config.inverter)
         else:
             check_spec(trained.spec, backbone.spec)
-            inverter = trained.inverter.to(device) if isinstance(trained.inverter, torch.nn.Module) else trained.inverter
+            inverter = (
+                trained.inverter.to(device) if isinstance(trained.inverter, torch.nn.Module) else trained.inverter
+            )
             about = {"file": find_inverter(name).name, **trained.note}
         rows[name.strip("/").removeprefix("runs/").replace("/", "-")] = Contestant(inverter, limits.get(name), about)  # type: ignore[arg-type]
     return rows

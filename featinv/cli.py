@@ -62,7 +62,9 @@ def parse_command_line(
 def _help(description: str, name: str, config: DictConfig, flags: dict[str, str]) -> str:
     experiments = sorted(path.stem for path in (CONFIG_ROOT / "experiment").glob("*.yaml"))
     groups = sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and is_node(config.get(path.name)))
-    swaps = [f"  {g}=NAME  one of {', '.join(sorted(p.stem for p in (CONFIG_ROOT / g).glob('*.yaml')))}" for g in groups]
+    swaps = [
+        f"  {g}=NAME  one of {', '.join(sorted(p.stem for p in (CONFIG_ROOT / g).glob('*.yaml')))}" for g in groups
+    ]
     switches = [f"  --{flag}  {meaning}" for flag, meaning in flags.items()]
     parts = [
         description.strip(),

@@ -69,7 +69,8 @@ def _compose(experiment: str | Path) -> tuple[DictConfig, set[str]]:
     own = load_group("experiment", str(experiment)) if own is None else own
     if not isinstance(own, DictConfig):
         raise UserError(f"{path} must hold a mapping.")
-    composed, groups = OmegaConf.create({}), set()
+    composed = OmegaConf.create({})
+    groups: set[str] = set()
     for entry in own.pop("defaults", []):
         group, _, name = str(entry).partition("/")
         if group == "experiment":

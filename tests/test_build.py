@@ -124,7 +124,9 @@ def test_experiments_inherit_and_groups_replace() -> None:
     base, pooled = load_config("scenes64"), load_config("scenes64_pooled")
     assert pooled.training == base.training and pooled.conditioning.target.endswith("PooledEncoder")
     published = load_config("scenes64_reference")
-    assert published.inverter.params.guidance.params.drop == ["text"] and published.training.module.params.ema_decay == 0
+    assert (
+        published.inverter.params.guidance.params.drop == ["text"] and published.training.module.params.ema_decay == 0
+    )
     swapped = load_config("convnext_base", ["backbone=resnet50"])
     assert "input_size" not in swapped.backbone.params
     assert json.loads(json.dumps(OmegaConf.to_container(swapped)))["prior"] == base.prior.replace(

@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 from torch.utils.data import Subset
-from train import train
 
 from featinv.backbones import load_backbone
 from featinv.cli import parse_command_line
@@ -25,6 +24,7 @@ from featinv.inverters.diffusion import PosteriorMean
 from featinv.metrics.benchmark import Benchmark, Contestant, scene_truth
 from featinv.report.benchmark import benchmark_sections, write_tables
 from featinv.report.page import file_tag, write_page
+from train import train
 
 IMAGES, SLOW_IMAGES, SLOW_STEPS = 256, 16, 100
 BUNDLED = "scenes64/efficientnet_lite0"
@@ -89,7 +89,8 @@ def main() -> None:
     print(
         f"demo: caches {command.config.data.params.train.params.length} rendered scenes (1 min), trains a branch for "
         f"{settings.max_steps} steps of {settings.batch_size} (5 min), reconstructs {IMAGES} held-out scenes, inverts "
-        f"{SLOW_IMAGES} by optimisation, evaluates (2 min): about 8 minutes on 2 cores. Into {out}; goes on if interrupted."
+        f"{SLOW_IMAGES} by optimisation, evaluates (2 min): about 8 minutes on 2 cores. Into "
+        f"{out}; goes on if interrupted."
     )
     content = run(command.config, out)
     print((out / "table.md").read_text())

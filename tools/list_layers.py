@@ -28,7 +28,9 @@ def without_weights(name: str) -> Backbone:
     is_yaml = (CONFIG_ROOT / "backbone" / f"{name}.yaml").is_file()
     target = load_group("backbone", name).target if is_yaml else ""
     clip = name.startswith("open_clip:") or "open_clip" in target
-    return load_backbone(name, layer=None if name in BUNDLED or is_yaml else "final", pretrained=None if clip else False)
+    return load_backbone(
+        name, layer=None if name in BUNDLED or is_yaml else "final", pretrained=None if clip else False
+    )
 
 
 def modules_with_maps(backbone: Backbone) -> list[str]:

@@ -189,7 +189,9 @@ def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) 
     inverter = build_inverter(config, spec, prior=prior)
     found = getattr(inverter, "prior", None)
     if isinstance(found, DiffusionPrior) and described["prior"] != prior_fingerprint(found):
-        raise UserError(f"{path} was trained with another prior than {config.prior!r}; retrain it or restore that prior.")
+        raise UserError(
+            f"{path} was trained with another prior than {config.prior!r}; retrain it or restore that prior."
+        )
     if isinstance(inverter, TrainableInverter):
         _restore(inverter, _averaged(tree), path)
     if isinstance(inverter, torch.nn.Module):

@@ -50,6 +50,7 @@ class DiffusionInverter(nn.Module):
         self.branch = control_branch(prior.unet)
         # Shares the prior's UNet and the branch; kept out of the module tree so that nothing is saved twice.
         self._unet = [ControlledUNet(prior.unet, self.branch, prior.scheduler.config.num_train_timesteps)]
+        self._unet[0].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         channels = prior.unet.config.block_out_channels[0]
         self.null_embedding = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.guidance = guidance or NoGuidance()
@@ -65,7 +66,7 @@ class DiffusionInverter(nn.Module):
 
     def prepare(self, features: Tensor, latents: Tensor) -> None:
         """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
-        self.encoder.fit(features, latents)
+        self.encoder.fit(features, latents)  # type: ignore[operator]
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters and buffers of everything but the prior: what a checkpoint holds."""

@@ -66,7 +66,9 @@ class Reconstructions:
 
 
 def _plan(item: dict[str, Any], samples: int, seed: int) -> dict[str, Any]:
-    drawn = [{"file": f"samples/{item['id']}_{k}.png", "seed": sample_seed(seed, item["id"], k)} for k in range(samples)]
+    drawn = [
+        {"file": f"samples/{item['id']}_{k}.png", "seed": sample_seed(seed, item["id"], k)} for k in range(samples)
+    ]
     return {"id": item["id"], "label": int(item["label"]), "original": f"originals/{item['id']}.png", "samples": drawn}
 
 

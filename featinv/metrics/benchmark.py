@@ -143,7 +143,7 @@ class Benchmark:
         originals = longest.originals()
         floor = self._floor(originals)
         ceiling, round_trip = self._ceiling(originals)
-        span = (floor["cosine"]["value"], ceiling["cosine"]["value"] if ceiling else 1.0)
+        span = (floor["cosine"]["value"] or 0.0, (ceiling["cosine"]["value"] or 0.0) if ceiling else 1.0)
         pictures = {name: m.samples(0) for name, m in made.items()}
         rows = {name: self.figures(originals[: len(p)], p, span) for name, p in pictures.items()}
         content: dict[str, Any] = {"meta": self._meta(originals), "floor": floor, "ceiling": ceiling, "inverters": rows}
@@ -185,7 +185,10 @@ class Benchmark:
         """All figures of one inverter's pictures (N, 3, H, W); `span` is (floor, ceiling) of the cosine."""
         evaluated = self._paired(originals, reconstructions)
         per_image = dict(evaluated.per_image)
-        per_image["share"] = share_of_span(per_image["cosine"], *span)
+        if span[1] > span[0]:
+            per_image["share"] = share_of_span(per_image["cosine"], *span)
+        else:
+            log.warning("no share of the span: the ceiling %.3f is not above the floor %.3f", span[1], span[0])
         figures = summarise(
             per_image,
             evaluated.embeddings_real,

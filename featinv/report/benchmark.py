@@ -16,7 +16,15 @@ from featinv.files import write_text
 from featinv.inverters.reconstruct import Reconstructions
 from featinv.report.page import figure_table, picture_table, write_page
 
-COLUMNS = ("share", "cosine", "cosine_median", "cosine_q05", "referee_cosine", "top1_agreement", "top5_agreement")
+COLUMNS: tuple[str, ...] = (
+    "share",
+    "cosine",
+    "cosine_median",
+    "cosine_q05",
+    "referee_cosine",
+    "top1_agreement",
+    "top5_agreement",
+)
 COLUMNS += ("psnr", "ssim", "fd_mobilenetv2", "kid_mobilenetv2", "precision_mobilenetv2", "recall_mobilenetv2")
 
 

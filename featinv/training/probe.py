@@ -38,11 +38,14 @@ class FeatureProbe(Callback):
     ):
         self.images, self.backbone, self.folder = images, backbone, Path(folder)
         self.every, self.batch_images, self.shown = every, batch_images, shown
-        self.lines: list[dict[str, Any]] = []
+        path = self.folder / "probe.jsonl"
+        self.lines: list[dict[str, Any]] = (
+            [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+        )
         self._started = time.time()
 
     @torch.no_grad()
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compute the features, their floor (shuffled pairs) and ceiling (the first stage's round trip)."""
         device = pl_module.device
         self.images = self.images.to(device)
@@ -51,9 +54,8 @@ class FeatureProbe(Callback):
         self.floor = self._cosine(self.features.roll(1, 0))
         again = prior.first_stage.decode(prior.first_stage.encode(resize(self.images, prior.size))) if prior else None
         self.ceiling = self._cosine(self.backbone(again)) if again is not None else 1.0
-        path = self.folder / "probe.jsonl"
-        known = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        self.lines = [line for line in known if line["step"] <= trainer.global_step]
+        # What an interrupted run measured beyond its last checkpoint is measured again.
+        self.lines = [line for line in self.lines if line["step"] <= trainer.global_step]
 
     def _cosine(self, features: Tensor) -> float:
         return float(F.cosine_similarity(features.flatten(1), self.features.flatten(1)).mean())

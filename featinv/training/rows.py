@@ -72,6 +72,8 @@ def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: i
     for start in range(0, total, 64):
         batch = dataset[list(range(start, min(start + 64, total)))]  # type: ignore[index]
         features.append(module.features_of(batch).cpu())
-        latents.append(batch["latents"] if "latents" in batch else module.inverter.prior.first_stage.encode(batch["image"]))
+        latents.append(
+            batch["latents"] if "latents" in batch else module.inverter.prior.first_stage.encode(batch["image"])
+        )
     log.info("fitting whitening and linear estimate on %d images", total)
     module.inverter.prepare(torch.cat(features), torch.cat(latents))

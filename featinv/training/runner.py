@@ -14,8 +14,8 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
-from featinv.errors import UserError
 from featinv.data.datamodule import collate
+from featinv.errors import UserError
 from featinv.files import run_lock
 from featinv.training.batches import StepBatches
 from featinv.training.precision import lightning_precision
@@ -64,7 +64,9 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 class _Batches(pl.LightningDataModule):
     """The loader is made once Lightning knows how many processes there are."""
 
-    def __init__(self, dataset: Dataset[dict[str, Any]], batch_size: int, stop: int, start: int, seed: int, workers: int):
+    def __init__(
+        self, dataset: Dataset[dict[str, Any]], batch_size: int, stop: int, start: int, seed: int, workers: int
+    ):
         super().__init__()
         self.dataset, self.batch_size, self.stop, self.start = dataset, batch_size, stop, start
         self.seed, self.workers = seed, workers

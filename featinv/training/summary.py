@@ -20,7 +20,9 @@ def describe(config: DictConfig, module: InversionModule) -> str:
     prior = getattr(inverter, "prior", None)
     if prior is not None:
         c, h, w = prior.latent_shape
-        lines.append(f"prior      {config.prior}: {prior.size} px, latents {c} x {h} x {w}, {parameters(prior, False):.1f} M frozen")
+        lines.append(
+            f"prior      {config.prior}: {prior.size} px, latents {c} x {h} x {w}, {parameters(prior, False):.1f} M frozen"
+        )
     assert isinstance(inverter, nn.Module)
     lines.append(f"inverter   {type(inverter).__name__}, {parameters(inverter, True):.1f} M trained")
     per_step = settings.batch_size * settings.accumulate

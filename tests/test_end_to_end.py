@@ -1,0 +1,157 @@
+"""train.py, sample.py and eval.benchmark as a user runs them, on a prior small enough for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_prior
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300, env=_environment()
+    )
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("end_to_end")
+    torch.manual_seed(0)
+    tiny_prior().save_pretrained(folder / "prior")
+    scenes = {"target": "featinv.data.scenes.ScenesDataset"}
+    content = {
+        "defaults": ["experiment/scenes64"],
+        "prior": str(folder / "prior"),
+        "data": {
+            "params": {
+                "train": {**scenes, "params": {"length": 24, "size": 32}},
+                "val": {**scenes, "params": {"length": 12, "size": 32}},
+                "num_workers": 0,
+            }
+        },
+        "backbone": {
+            "target": "featinv.backbones.timm_backbone.TimmBackbone",
+            "params": {"name": "resnet10t", "pretrained": False, "input_size": 64},
+        },
+        "conditioning": {"params": {"components": 16, "hidden": 16, "blocks": 1}},
+        "inverter": {"params": {"num_inference_steps": 2}},
+        "training": {
+            "max_steps": 4,
+            "batch_size": 4,
+            "checkpoint_every": 2,
+            "probe_every": 2,
+            "probe_images": 4,
+            "prepare_images": 24,
+            "cache_root": str(folder / "cache"),
+        },
+    }
+    content["backbone"]["params"]["layer"] = "final"
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(experiment) -> Path:
+    done = _run("train.py", f"experiment={experiment}", f"out={experiment.parent / 'run'}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return experiment.parent / "run"
+
+
+def test_training_leaves_an_inverter_a_curve_and_pictures(trained) -> None:
+    lines = [json.loads(line) for line in (trained / "probe.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["floor"] < 1 and line["images"] == 4 * line["step"] for line in lines)
+    for name in ("inverter.safetensors", "config.yaml", "probe.png", "probe/0000004.png"):
+        assert (trained / name).stat().st_size > 0
+
+
+def test_a_finished_run_does_not_train_again(experiment, trained) -> None:
+    before = (trained / "inverter.safetensors").read_bytes()
+    done = _run("train.py", f"experiment={experiment}", f"out={trained}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (trained / "inverter.safetensors").read_bytes() == before
+
+
+def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:
+    from featinv.image import load_png, save_png
+
+    save_png(tmp_path / "my.png", torch.rand(3, 50, 70))
+    done = _run(
+        "sample.py",
+        f"inverter={trained}",
+        f"image={tmp_path / 'my.png'}",
+        "samples=2",
+        f"out={tmp_path / 'one'}",
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert load_png(tmp_path / "one" / "samples" / "my_1.png").shape == (3, 32, 32)
+    words = [f"inverter={trained}", "n=3", "samples=1", "guidance_scale=2", f"out={tmp_path / 'set'}"]
+    assert _run("sample.py", *words, cwd=ROOT).returncode == 0
+    kept = {p: p.read_bytes() for p in (tmp_path / "set" / "samples").iterdir()}
+    assert len(kept) == 3
+    next(iter(kept)).unlink()
+    assert _run("sample.py", *words, cwd=ROOT).returncode == 0
+    assert {p: p.read_bytes() for p in (tmp_path / "set" / "samples").iterdir()} == kept
+
+
+def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
+    words = [f"inverters=[{trained},optimisation]", "limits={optimisation: 5}", "n=8", "factor_images=40"]
+    done = _run("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(content) == {"meta", "floor", "ceiling", "inverters", "subset"}
+    assert content["subset"]["n"] == 5 and len(content["inverters"]) == 2
+    for figures in content["inverters"].values():
+        assert {"value", "low", "high", "n"} <= set(figures["cosine"]) and "factor_object0_shape" in figures
+        assert "fd_mobilenetv2" in figures and "fid" not in figures
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
+    assert (tmp_path / "table.md").read_text().count("\n") == 6 and (tmp_path / "table.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.py", "experiment=scenes46"], "did you mean"),
+        (["train.py", "training.max_stepz=3"], "training.max_steps"),
+        (["train.py", "--dry"], "unknown flag"),
+        (["train.py", "backbone=resnet51"], "resnet50"),
+        (["sample.py", "inverter=nothing/here"], "no inverter"),
+        (["sample.py", "samples"], "key=value"),
+        (["-m", "eval.benchmark", "inverters=[optimisation]"], "at least one trained"),
+        (["tools/list_layers.py", "resnet5000"], "timm has no model"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(words, message) -> None:
+    done = _run(*words, cwd=ROOT)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", [["train.py"], ["sample.py"], ["-m", "eval.benchmark"], ["-m", "tools.demo"]])
+def test_help_lists_every_key(script) -> None:
+    done = _run(*script, "--help", cwd=ROOT)
+    assert done.returncode == 0 and "key" in done.stdout and "seed" in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text"])
+def test_a_picture_that_is_none_gets_a_clear_error(trained, tmp_path, damage) -> None:
+    path = tmp_path / "my.jpg"
+    if damage != "missing":
+        path.write_text("" if damage == "empty" else "hello")
+    done = _run("sample.py", f"inverter={trained}", f"image={path}", f"out={tmp_path / 'out'}", cwd=ROOT)
+    assert done.returncode == 2 and "my.jpg" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
