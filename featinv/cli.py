@@ -72,7 +72,7 @@ def _help(description: str, name: str, config: DictConfig, flags: dict[str, str]
         "\nout=FOLDER chooses where the run goes.",
         f"\nexperiments (experiment=NAME or a YAML file): {', '.join(experiments)}",
         *(["\nwhole groups that can be swapped:\n" + "\n".join(swaps)] if swaps else []),
-        f"\nkeys and their values in {name} (key.subkey=value; beneath `params` every argument of the target is a key):\n",
+        f"\nkeys and values in {name} (key.subkey=value; beneath `params` every argument of the target is a key):\n",
         OmegaConf.to_yaml(config),
     ]
     return "\n".join(parts)

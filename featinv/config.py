@@ -43,8 +43,8 @@ def load_config(experiment: str | Path, overrides: Sequence[str] = ()) -> DictCo
     """Compose an experiment.
 
     An experiment file lists `defaults: [group/name, ...]`: each file becomes the value of its group's key. The default
-    `experiment/name` is another experiment to start from. Then the experiment's own keys are merged, then the overrides.
-    An override `group=name` swaps a whole group's file.
+    `experiment/name` is another experiment to start from. Then the experiment's own keys are merged, then the
+    overrides. An override `group=name` swaps a whole group's file.
 
     Args:
         experiment: A name in configs/experiment or a path of a YAML file.

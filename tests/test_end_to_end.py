@@ -123,6 +123,31 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
     assert (tmp_path / "table.md").read_text().count("\n") == 6 and (tmp_path / "table.csv").is_file()
 
 
+def test_two_processes_train_the_same_weights_as_one(experiment, tmp_path) -> None:
+    from featinv.inverters.build import load_inverter
+
+    words = ["training.max_steps=2", "training.probe_every=2", "training.accelerator=cpu", "training.precision=fp32"]
+    for name, more in {"one": [], "two": ["training.devices=2", "training.strategy=ddp"]}.items():
+        done = _run("train.py", f"experiment={experiment}", *words, *more, f"out={tmp_path / name}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_inverter(tmp_path / name / "last.safetensors").trainable_state() for name in ("one", "two"))
+    assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-4
+
+
+def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
+    from featinv.diffusion.prior import load_prior
+    from featinv.image import load_png
+
+    words = ["data.params.length=80", "validation.params.length=4", "unet.batch_size=8"]
+    words += [f"{part}.module.params.max_steps=2" for part in ("first_stage", "unet")]
+    done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    prior = load_prior(tmp_path / "prior")
+    assert prior.size == 64 and prior.latent_shape == (56, 8, 8)
+    assert json.loads((tmp_path / "first_stage.json").read_text())["psnr"] > 25
+    assert load_png(tmp_path / "samples.png").shape[0] == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -7,6 +7,7 @@ from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.cache import build_cache
+from featinv.training.consistency import EstimateConsistency, SampleConsistency
 from featinv.training.module import InversionModule
 from featinv.training.runner import fit, last_checkpoint
 
@@ -84,12 +85,25 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, backbone, cache) ->
         fit(module, cache, tmp_path / "run", max_steps=2, batch_size=4, progress=False, precision="fp32")
 
 
-def test_consistency_term_reaches_the_branch(backbone) -> None:
-    module = _module(backbone, consistency_weight=1.0, consistency_max_timestep=1.0)
+@pytest.mark.parametrize(
+    "term", [EstimateConsistency(rows=2, max_timestep=1.0), SampleConsistency(rows=2), SampleConsistency(grad_steps=2)]
+)
+def test_consistency_terms_reach_the_branch(backbone, term) -> None:
+    module = _module(backbone, consistency=term)
     for block in module.inverter.branch.controlnet_down_blocks:
         torch.nn.init.normal_(block.weight, std=0.1)
     latents, features = torch.randn(2, 4, 4, 4), torch.rand(2, 512, 2, 2)
     losses = module.inverter.training_losses(None, features, seeds=[1, 2], latents=latents)
-    module._consistency(losses["estimate"], losses["timesteps"], features).backward()
+    term(module.inverter, backbone, losses, features, [1, 2]).backward()
     gradient = module.inverter.branch.controlnet_down_blocks[0].weight.grad
     assert gradient is not None and gradient.abs().sum() > 0
+    assert all(p.grad is None for p in module.inverter.prior.parameters())
+
+
+def test_sample_consistency_judges_what_invert_draws(backbone) -> None:
+    module = _module(backbone)
+    features = torch.rand(3, 512, 2, 2)
+    images = module.inverter.invert(features, seeds=[1, 2, 3])
+    cosine = torch.nn.functional.cosine_similarity(backbone(images).flatten(1), features.flatten(1))
+    distance = SampleConsistency(rows=3)(module.inverter, backbone, {}, features, [1, 2, 3])
+    assert float(distance) == pytest.approx(1 - float(cosine.mean()), abs=1e-5)

@@ -26,7 +26,6 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@torch.no_grad()
 def sample(
     denoise: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
@@ -34,6 +33,7 @@ def sample(
     sampler: str = "unipc",
     num_inference_steps: int = 10,
     callback: Callable[[int, Tensor], None] | None = None,
+    grad_steps: int = 0,
 ) -> Tensor:
     """Draw latents from noise.
 
@@ -44,6 +44,7 @@ def sample(
         sampler: A key of `SAMPLERS`.
         num_inference_steps: Steps, each one call of `denoise`.
         callback: Called as callback(step, latents) after every step.
+        grad_steps: How many of the last steps keep their gradient.
 
     Returns:
         Latents (N, C, h, w).
@@ -61,9 +62,10 @@ def sample(
     stepper.set_timesteps(num_inference_steps)
     latents = noise * stepper.init_noise_sigma
     for step, timestep in enumerate(stepper.timesteps):
-        model_input = stepper.scale_model_input(latents, timestep)
-        model_pred = denoise(model_input, timestep.to(latents.device))
-        latents = stepper.step(model_pred, timestep, latents, return_dict=False)[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step >= num_inference_steps - grad_steps):
+            model_input = stepper.scale_model_input(latents, timestep)
+            model_pred = denoise(model_input, timestep.to(latents.device))
+            latents = stepper.step(model_pred, timestep, latents, return_dict=False)[0]
         if callback is not None:
             callback(step, latents)
     return latents

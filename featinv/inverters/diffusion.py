@@ -102,6 +102,26 @@ class DiffusionInverter(nn.Module):
         Returns:
             Images (N, 3, H, W) in [0, 1].
         """
+        return self.prior.first_stage.decode(self.draw(features, seeds, callback=callback))
+
+    def draw(
+        self,
+        features: Tensor,
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        grad_steps: int = 0,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Draw latents (N, c, h, w).
+
+        Args:
+            features: (N, C, H, W).
+            seeds: N seeds.
+            num_inference_steps: Sampling steps; None takes the inverter's own.
+            grad_steps: How many of the last steps keep their gradient, for training on what is drawn.
+            callback: Called as callback(step, latents) after every sampling step.
+        """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
         conditions = self.conditions(features)
@@ -110,8 +130,8 @@ class DiffusionInverter(nn.Module):
         def denoise(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
             return self.guidance.denoise(self.unet, noisy_latents, timestep, conditions)
 
-        latents = sample(denoise, noise, self.prior.scheduler, self.sampler, self.num_inference_steps, callback)
-        return self.prior.first_stage.decode(latents)
+        steps = num_inference_steps or self.num_inference_steps
+        return sample(denoise, noise, self.prior.scheduler, self.sampler, steps, callback, grad_steps)
 
     @torch.no_grad()
     def posterior_mean(self, features: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def factor_section(content: Mapping[str, Any]) -> str:
         name.removeprefix("factor_"): {row: figures[name] for row, figures in rows.items() if name in figures}
         for name in names
     }
-    note = "<p class='note'>Accuracy of classes and R² of numbers, read by a linear probe that was trained on originals.</p>"
+    note = "<p class='note'>Accuracy of classes and R² of numbers, read by a linear probe that was fitted to real ones.</p>"
     return note + figure_table(by_factor, list(rows))
 
 
@@ -113,8 +113,8 @@ def benchmark_sections(folder: Path, content: Mapping[str, Any], shown: int = 12
 
 def _explained(table: str) -> str:
     return table + (
-        "<p class='note'>share = (cosine − floor) / (ceiling − floor). Brackets: bootstrap 95 % intervals. Metrics that "
-        "carry a network's name were computed with it, not with Inception. The referee is a network that no inverter "
+        "<p class='note'>share = (cosine − floor) / (ceiling − floor). Brackets: bootstrap 95 % intervals. Metrics "
+        "that carry a network's name were computed with it, not with Inception. The referee is a network that no inverter "
         "saw. cosine_median and cosine_q05 are over positions.</p>"
     )
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
+from featinv.image import seeded_noise
 from featinv.inverters.base import TrainableInverter
-from featinv.training.ema import EMA
+from featinv.training.consistency import Consistency
+from featinv.training.ema import EMA, match_layout
 
 
 def sample_seeds(seed: int, step: int, rows: int) -> list[int]:
@@ -35,10 +36,7 @@ class InversionModule(pl.LightningModule):
         ema_decay: Largest decay of the weight average; 0 switches it off.
         feature_noise: Standard deviation of noise on the features, in units of each map's own (RAE, arXiv 2510.11690:
             tolerates edited features).
-        consistency_weight: Weight of 1 - cosine between the given features and those of the decoded one-step estimate
-            (feature-consistency reward of ControlNet++, arXiv 2404.07987); 0 leaves it out.
-        consistency_rows: How many images of a batch get that term, those with the least noise first.
-        consistency_max_timestep: Above it the one-step estimate is too blurred to judge, as a share of all timesteps.
+        consistency: A term of `featinv.training.consistency`, or None.
         max_grad_norm: Gradient clipping.
         seed: Of noise, timesteps and dropout.
         described: Written into every checkpoint, so that it can be loaded as an inverter (`featinv.inverters.build`).
@@ -54,9 +52,7 @@ class InversionModule(pl.LightningModule):
         weight_decay: float = 1e-2,
         ema_decay: float = 0.999,
         feature_noise: float = 0.0,
-        consistency_weight: float = 0.0,
-        consistency_rows: int = 8,
-        consistency_max_timestep: float = 0.6,
+        consistency: Consistency | None = None,
         max_grad_norm: float = 1.0,
         seed: int = 0,
         described: dict[str, Any] | None = None,
@@ -66,8 +62,7 @@ class InversionModule(pl.LightningModule):
         self._backbone = [backbone]  # outside the module tree: never saved, never trained
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
-        self.feature_noise, self.consistency_weight = feature_noise, consistency_weight
-        self.consistency_rows, self.consistency_max_timestep = consistency_rows, consistency_max_timestep
+        self.feature_noise, self.consistency = feature_noise, consistency
         trained = {k: p for k, p in inverter.named_parameters() if p.requires_grad and not k.startswith("prior.")}
         if not trained:
             raise UserError(f"{type(inverter).__name__} has nothing to train.")
@@ -85,15 +80,15 @@ class InversionModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
         features = self.features_of(batch)
-        seeds = sample_seeds(self.seed, self._step_seed(batch_idx), len(features))
+        seeds = self._row_seeds(batch_idx, len(features))
         losses = self.inverter.training_losses(
             batch.get("image"), self._noised(features, seeds), seeds=seeds, latents=batch.get("latents")
         )
         loss = losses["loss"]
-        if self.consistency_weight:
-            consistency = self._consistency(losses["estimate"], losses["timesteps"], features)
-            loss = loss + self.consistency_weight * consistency
-            self.log("train/consistency", consistency.detach())
+        if self.consistency is not None:
+            distance = self.consistency(self.inverter, self.backbone, losses, features, seeds)
+            loss = loss + self.consistency.weight * distance
+            self.log("train/consistency", distance.detach())
         scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
         self.log_dict(scalars, prog_bar=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -104,10 +99,14 @@ class InversionModule(pl.LightningModule):
             )
         return loss
 
-    def _step_seed(self, batch_idx: int) -> int:
-        accumulate = self.trainer.accumulate_grad_batches if self._trainer is not None else 1
-        rank = self.trainer.global_rank if self._trainer is not None else 0
-        return ((self.global_step * accumulate + batch_idx % accumulate) << 12) + rank
+    def _row_seeds(self, batch_idx: int, rows: int) -> list[int]:
+        """Seeds of this process's rows of the batch; the batch as a whole has the same ones on any number of processes."""
+        accumulate, rank, world = 1, 0, 1
+        if self._trainer is not None:
+            accumulate, rank = self.trainer.accumulate_grad_batches, self.trainer.global_rank
+            world = self.trainer.world_size
+        step = self.global_step * accumulate + batch_idx % accumulate
+        return sample_seeds(self.seed, step, rows * world)[rank::world]
 
     def features_of(self, batch: dict[str, Any]) -> Tensor:
         """Features (N, C, H, W) of a batch, from its cache or computed."""
@@ -119,19 +118,8 @@ class InversionModule(pl.LightningModule):
     def _noised(self, features: Tensor, seeds: list[int]) -> Tensor:
         if not self.feature_noise:
             return features
-        noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(seeds[0])).to(features)
+        noise = seeded_noise([seed ^ 0xF0 for seed in seeds], features.shape[1:]).to(features)
         return features + self.feature_noise * features.flatten(1).std(1)[:, None, None, None] * noise
-
-    def _consistency(self, estimate: Tensor, timesteps: Tensor, features: Tensor) -> Tensor:
-        """1 - cosine of the decoded one-step estimate's features, over the rows with the least noise."""
-        limit = self.consistency_max_timestep * self.inverter.prior.scheduler.config.num_train_timesteps
-        rows = timesteps.argsort()[: self.consistency_rows]
-        rows = rows[timesteps[rows] <= limit]
-        if not len(rows):
-            return estimate.sum() * 0.0
-        images = self.inverter.prior.first_stage.decode(estimate[rows], clamp=False)
-        again = self.backbone(images)
-        return 1 - F.cosine_similarity(again.flatten(1), features[rows].flatten(1)).mean()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with linear warm-up, then a cosine to a twentieth."""
@@ -156,6 +144,10 @@ class InversionModule(pl.LightningModule):
         """Clip, and log the norm: the first thing to look at when a run diverges."""
         norm = nn.utils.clip_grad_norm_(self.inverter.trainable_parameters(), self.max_grad_norm)
         self.log("train/grad_norm", norm)
+
+    def on_train_start(self) -> None:
+        """Repair the layout of restored optimizer state."""
+        match_layout(self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the average with the step itself, before any checkpoint of that step is written."""

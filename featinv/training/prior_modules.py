@@ -15,7 +15,7 @@ from featinv.diffusion.controlled_unet import unconditional
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
-from featinv.training.ema import EMA
+from featinv.training.ema import EMA, match_layout
 from featinv.training.module import sample_seeds
 
 
@@ -101,7 +101,8 @@ class PriorModule(pl.LightningModule):
         learning_rate: Peak of AdamW's.
         warmup_steps: Linear rise before the peak.
         ema_decay: Largest decay of the weight average.
-        snr_gamma: Min-SNR gamma.
+        snr_gamma: Min-SNR gamma; None weighs all timesteps alike. For velocity prediction min-SNR all but leaves out
+            the noisiest timesteps, where the layout of a picture is decided.
         seed: Of noise and timesteps.
     """
 
@@ -112,13 +113,14 @@ class PriorModule(pl.LightningModule):
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         ema_decay: float = 0.999,
-        snr_gamma: float | None = 5.0,
+        snr_gamma: float | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.prior, self.loss, self.seed = prior, DiffusionLoss(prior.scheduler, snr_gamma), seed
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         prior.unet.requires_grad_(True)
+        prior.unet.to(memory_format=torch.channels_last)
         self.ema = EMA(dict(prior.unet.named_parameters()), ema_decay)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -132,6 +134,10 @@ class PriorModule(pl.LightningModule):
         loss = self.loss(denoiser, latents, noise, timesteps)[0].mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def on_train_start(self) -> None:
+        """Repair the layout of restored optimizer state."""
+        match_layout(self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the average with the step itself, before any checkpoint of that step is written."""

@@ -21,7 +21,7 @@ def describe(config: DictConfig, module: InversionModule) -> str:
     if prior is not None:
         c, h, w = prior.latent_shape
         lines.append(
-            f"prior      {config.prior}: {prior.size} px, latents {c} x {h} x {w}, {parameters(prior, False):.1f} M frozen"
+            f"prior      {config.prior}, {prior.size} px, latents {c} x {h} x {w}, {parameters(prior, False):.1f} M frozen"
         )
     assert isinstance(inverter, nn.Module)
     lines.append(f"inverter   {type(inverter).__name__}, {parameters(inverter, True):.1f} M trained")

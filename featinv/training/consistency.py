@@ -1,0 +1,82 @@
+"""Feature consistency: the decoded picture's own features should be those that were given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from featinv.backbones.base import Backbone
+
+
+class Consistency(Protocol):
+    """A term beside the inverter's own loss."""
+
+    weight: float
+
+    def __call__(
+        self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
+    ) -> Tensor:
+        """Return 1 - cosine, averaged over the rows that were judged."""
+        ...
+
+
+def _distance(inverter: Any, backbone: Backbone, latents: Tensor, features: Tensor) -> Tensor:
+    images = inverter.prior.first_stage.decode(latents.float())
+    return 1 - F.cosine_similarity(backbone(images).flatten(1), features.flatten(1)).mean()
+
+
+class EstimateConsistency:
+    """Judge the one-step estimate of the clean latents (the reward of ControlNet++, arXiv 2404.07987, section 3.2).
+
+    Args:
+        weight: Weight of 1 - cosine.
+        rows: Images of a batch that are judged, those with the least noise first.
+        max_timestep: Above it the estimate is too blurred to judge, as a share of all timesteps.
+    """
+
+    def __init__(self, weight: float = 0.2, rows: int = 16, max_timestep: float = 0.6):
+        self.weight, self.rows, self.max_timestep = weight, rows, max_timestep
+
+    def __call__(
+        self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
+    ) -> Tensor:
+        """Return 1 - cosine of the decoded estimates; 0 if every row is too noisy."""
+        timesteps, estimate = losses["timesteps"], losses["estimate"]
+        limit = self.max_timestep * inverter.prior.scheduler.config.num_train_timesteps
+        rows = timesteps.argsort()[: self.rows]
+        rows = rows[timesteps[rows] <= limit]
+        if not len(rows):
+            return estimate.sum() * 0.0
+        return _distance(inverter, backbone, estimate[rows], features[rows])
+
+
+class SampleConsistency:
+    """Judge what sampling really draws: the gradient goes through the last steps alone (DRaFT-K, arXiv 2309.17400).
+
+    Unlike the one-step estimate, which starts from a noised original, this sees the inverter's own mistakes.
+
+    Args:
+        weight: Weight of 1 - cosine.
+        rows: Images of a batch that are drawn and judged.
+        grad_steps: Sampling steps that the gradient goes through.
+        num_inference_steps: Sampling steps; None takes the inverter's own.
+    """
+
+    def __init__(
+        self, weight: float = 0.2, rows: int = 8, grad_steps: int = 1, num_inference_steps: int | None = None
+    ):
+        self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
+        self.num_inference_steps = num_inference_steps
+
+    def __call__(
+        self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
+    ) -> Tensor:
+        """Return 1 - cosine of the drawn pictures."""
+        features, seeds = features[: self.rows], seeds[: self.rows]
+        latents = inverter.draw(
+            features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
+        )
+        return _distance(inverter, backbone, latents, features)
