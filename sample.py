@@ -29,8 +29,10 @@ from featinv.inverters.build import Trained, load_trained
 from featinv.inverters.reconstruct import Reconstructions, reconstruct
 
 
-def chosen_images(config: DictConfig, trained: Trained, size: int) -> Dataset[dict[str, Any]]:
+def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) -> Dataset[dict[str, Any]]:
     """The images that the command line names, cropped to `size`; read when they are needed.
+
+    Unreadable ones of a folder are left out and named in skipped.json.
 
     Raises:
         UserError: If there is no such picture, or it cannot be read.
@@ -41,6 +43,8 @@ def chosen_images(config: DictConfig, trained: Trained, size: int) -> Dataset[di
         data = instantiate(trained.config.data, where="data")
         data.setup()
         dataset = data.val
+    if getattr(dataset, "skipped", None):
+        dataset.write_report(out / "skipped.json")  # type: ignore[attr-defined]
     rows = list(range(len(dataset)))  # type: ignore[arg-type]
     if config.per_class is not None:
         count: Counter[int] = Counter()
@@ -79,7 +83,7 @@ def sample(config: DictConfig, out: Path) -> Reconstructions:
     if isinstance(inverter, torch.nn.Module):
         inverter.to(device)
     size = inverter.prior.size if hasattr(inverter, "prior") else trained.config.data.params.val.params.size
-    items = chosen_images(config, trained, size)
+    items = chosen_images(config, trained, size, out)
     made = reconstruct(
         inverter,
         backbone.to(device),

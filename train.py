@@ -34,7 +34,7 @@ def train(config: DictConfig, out: Path, dry_run: bool = False) -> None:
     Args:
         config: See configs/experiment.
         out: The run's folder.
-        dry_run: Build everything, print its parts and sizes, compute one loss, and stop.
+        dry_run: Build everything, print its parts and sizes, and stop.
     """
     settings = config.training
     pl.seed_everything(settings.seed, verbose=False)
@@ -53,7 +53,7 @@ def train(config: DictConfig, out: Path, dry_run: bool = False) -> None:
     if dry_run:
         return
     write_text(out / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    dataset, probe_images = training_rows(config, module), held_out_images(config, settings.probe_images)
+    dataset, probe_images = training_rows(config, module, out), held_out_images(config, settings.probe_images)
     prepare(module, dataset, settings.prepare_images, out)
     probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)
     fit(

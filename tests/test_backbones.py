@@ -116,3 +116,60 @@ def test_bundled_backbone_classifies_photographs() -> None:
     logits = load_backbone("efficientnet_lite0", input_size=224).logits(torch.stack([i["image"] for i in items]))
     right = sum(int(row.argmax() == i["label"]) for row, i in zip(logits, items, strict=True))
     assert right >= 60  # its published accuracy is 75 %
+
+
+def test_open_clip_tower_equals_its_own_tokens() -> None:
+    backbone = load_backbone("openclip_vit_b32", pretrained=None)
+    images = torch.rand(1, 3, 50, 60, requires_grad=True)
+    features = backbone(images)
+    visual = backbone.model
+    kept = []
+    handle = visual.transformer.resblocks[-1].register_forward_hook(lambda _m, _i, out: kept.append(out))
+    visual(backbone.preprocess(images))
+    handle.remove()
+    assert features.shape == (1, 768, 7, 7)
+    assert torch.allclose(features[0, :, 2, 3], kept[0][0, 1 + 2 * 7 + 3], atol=1e-4)
+    features.sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert backbone.embed(images).shape == (1, 512)
+    assert not torch.allclose(backbone.at("blocks.3")(images), features, atol=1e-2)
+
+
+def test_open_clip_mistakes_name_the_nearest() -> None:
+    for words, message in (
+        ({"name": "open_clip:ViT-B-23"}, "ViT-B-32"),
+        ({"name": "openclip_vit_b32", "pretrained": "laion2b"}, "laion2b_s34b_b79k"),
+        ({"name": "openclip_vit_b32", "pretrained": None, "layer": "block.3"}, "blocks.3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_backbone(**words)
+
+
+def test_the_same_network_cut_elsewhere_shares_its_weights() -> None:
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
+    early, images = backbone.at("layer2"), torch.rand(1, 3, 64, 64)
+    assert early.model is backbone.model and (early.layer, backbone.layer) == ("layer2", "final")
+    again = load_backbone("resnet10t", "layer2", pretrained=False, input_size=64)
+    assert torch.allclose(early(images), again(images), atol=1e-5) and early.spec == again.spec
+    assert backbone.spec.layer == "final"
+
+
+def test_layer_table_agrees_with_the_maps() -> None:
+    from tools.list_layers import rows
+
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
+    table = rows(backbone, backbone.layers)
+    assert table[-1] == ("final", 512, "2 x 2", "32")
+    for layer, channels, grid, _ in table:
+        shape = backbone.at(layer)(torch.rand(1, 3, 64, 64)).shape
+        assert (channels, grid) == (shape[1], f"{shape[2]} x {shape[3]}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs" / "backbone").glob("*.yaml")), ids=str)
+def test_every_shipped_backbone_gives_a_map(path: Path) -> None:
+    from tools.list_layers import without_weights
+
+    spec = without_weights(path.stem).spec
+    assert spec.height == spec.width > 1 and spec.channels > 1

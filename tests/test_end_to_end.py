@@ -123,6 +123,31 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
     assert (tmp_path / "table.md").read_text().count("\n") == 6 and (tmp_path / "table.csv").is_file()
 
 
+def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_path) -> None:
+    import time
+
+    from featinv.checkpoint import load_checkpoint
+
+    words = ["train.py", f"experiment={experiment}", "training.max_steps=40", "training.checkpoint_every=5"]
+    words += ["training.probe_every=1000", "training.precision=fp32"]
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([sys.executable, *words, f"out={cut}"], cwd=ROOT, env=_environment())
+    deadline = time.time() + 120
+    while not (cut / "last.safetensors").is_file() and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert load_checkpoint(cut / "last.safetensors")["global_step"] < 40
+    for out in (cut, tmp_path / "whole"):
+        done = _run(*words, f"out={out}", cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+    resumed, whole = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("cut", "whole"))
+    for part in ("state_dict", "ema"):
+        pairs = resumed[part], whole[part]
+        first, second = (p["averages"] for p in pairs) if part == "ema" else pairs
+        assert all(torch.equal(first[k], second[k]) for k in second)
+
+
 def test_two_processes_train_the_same_weights_as_one(experiment, tmp_path) -> None:
     from featinv.inverters.build import load_inverter
 

@@ -19,7 +19,8 @@ class DiffusionLoss:
     """Mean squared error of the predicted noise or velocity, min-SNR weighted.
 
     The weight is min(SNR, gamma) / SNR for noise prediction and min(SNR, gamma) / (SNR + 1) for velocity prediction
-    (Hang et al. 2023, arXiv 2303.09556, section 3.4); without gamma every timestep weighs 1.
+    (Hang et al. 2023, arXiv 2303.09556, section 3.4); without gamma every timestep weighs 1. Mind that the velocity's
+    weight falls to 0 with the SNR: the noisiest timesteps, where layout is decided, are then hardly trained.
 
     Args:
         scheduler: Owns betas, number of timesteps and the kind of prediction.

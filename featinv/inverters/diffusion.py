@@ -40,7 +40,7 @@ class DiffusionInverter(nn.Module):
         sampler: str = "unipc",
         num_inference_steps: int = 10,
         dropout: ConditionDropout | None = None,
-        snr_gamma: float | None = 5.0,
+        snr_gamma: float | None = None,
         regression_weight: float = 0.5,
         strength: float = 1.0,
     ):

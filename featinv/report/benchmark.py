@@ -88,7 +88,7 @@ def factor_section(content: Mapping[str, Any]) -> str:
         name.removeprefix("factor_"): {row: figures[name] for row, figures in rows.items() if name in figures}
         for name in names
     }
-    note = "<p class='note'>Accuracy of classes and R² of numbers, read by a linear probe that was fitted to real ones.</p>"
+    note = "<p class='note'>Accuracy of classes and R² of numbers, by a linear probe fitted to originals.</p>"
     return note + figure_table(by_factor, list(rows))
 
 
@@ -114,8 +114,8 @@ def benchmark_sections(folder: Path, content: Mapping[str, Any], shown: int = 12
 def _explained(table: str) -> str:
     return table + (
         "<p class='note'>share = (cosine − floor) / (ceiling − floor). Brackets: bootstrap 95 % intervals. Metrics "
-        "that carry a network's name were computed with it, not with Inception. The referee is a network that no inverter "
-        "saw. cosine_median and cosine_q05 are over positions.</p>"
+        "that carry a network's name were computed with it, not with Inception. No inverter saw the referee network. "
+        "cosine_median and cosine_q05 are over positions.</p>"
     )
 
 

@@ -65,9 +65,7 @@ class SampleConsistency:
         num_inference_steps: Sampling steps; None takes the inverter's own.
     """
 
-    def __init__(
-        self, weight: float = 0.2, rows: int = 8, grad_steps: int = 1, num_inference_steps: int | None = None
-    ):
+    def __init__(self, weight: float = 0.2, rows: int = 8, grad_steps: int = 1, num_inference_steps: int | None = None):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
         self.num_inference_steps = num_inference_steps
 

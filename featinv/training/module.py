@@ -100,7 +100,7 @@ class InversionModule(pl.LightningModule):
         return loss
 
     def _row_seeds(self, batch_idx: int, rows: int) -> list[int]:
-        """Seeds of this process's rows of the batch; the batch as a whole has the same ones on any number of processes."""
+        """Seeds of this process's rows; the batch as a whole has the same ones on any number of processes."""
         accumulate, rank, world = 1, 0, 1
         if self._trainer is not None:
             accumulate, rank = self.trainer.accumulate_grad_batches, self.trainer.global_rank

@@ -23,11 +23,13 @@ from featinv.training.runner import last_checkpoint
 log = logging.getLogger(__name__)
 
 
-def training_rows(config: DictConfig, module: InversionModule) -> Dataset[dict[str, Any]]:
+def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> Dataset[dict[str, Any]]:
     """The training set of `config.data`: indexed with a list of rows it returns a batch; or a stream.
 
     With `training.cache`, latents and features are computed once (or found from an earlier run), which saves the first
     stage and the backbone in every step; random crops and flips are then those of the first epoch.
+
+    Unreadable images are named in `folder`/skipped.json.
 
     Raises:
         UserError: If the inverter has no prior whose latents could be cached, or the disk is too small.
@@ -35,6 +37,8 @@ def training_rows(config: DictConfig, module: InversionModule) -> Dataset[dict[s
     data = instantiate(config.data, where="data")
     data.setup()
     dataset, settings = data.train, config.training
+    if getattr(dataset, "skipped", None):
+        dataset.write_report(folder / "skipped.json")
     if isinstance(dataset, IterableDataset):
         return dataset
     if not settings.cache:

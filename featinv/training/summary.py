@@ -19,10 +19,8 @@ def describe(config: DictConfig, module: InversionModule) -> str:
     lines = [f"features   {spec.channels} x {spec.height} x {spec.width} of {spec.layer!r}, {config.backbone.target}"]
     prior = getattr(inverter, "prior", None)
     if prior is not None:
-        c, h, w = prior.latent_shape
-        lines.append(
-            f"prior      {config.prior}, {prior.size} px, latents {c} x {h} x {w}, {parameters(prior, False):.1f} M frozen"
-        )
+        latents, frozen = " x ".join(map(str, prior.latent_shape)), parameters(prior, False)
+        lines.append(f"prior      {config.prior}: {prior.size} px, latents {latents}, {frozen:.1f} M frozen")
     assert isinstance(inverter, nn.Module)
     lines.append(f"inverter   {type(inverter).__name__}, {parameters(inverter, True):.1f} M trained")
     per_step = settings.batch_size * settings.accumulate
