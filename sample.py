@@ -82,7 +82,7 @@ def sample(config: DictConfig, out: Path) -> Reconstructions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(inverter, torch.nn.Module):
         inverter.to(device)
-    size = inverter.prior.size if hasattr(inverter, "prior") else trained.config.data.params.val.params.size
+    size = inverter.size
     items = chosen_images(config, trained, size, out)
     made = reconstruct(
         inverter,

@@ -60,7 +60,7 @@ def contestants(
         if trained is None:
             node = load_group("inverter", name)
             config = OmegaConf.create({"inverter": node, "prior": first.config.get("prior")})
-            size = {"size": _size(first)} if "size" not in node.params else {}
+            size = {"size": first.inverter.size} if "size" not in node.params else {}
             config.inverter.params.update(size)
             inverter: Any = build_inverter(config, backbone.spec, backbone)
             about = OmegaConf.to_container(config.inverter)
@@ -72,11 +72,6 @@ def contestants(
             about = {"file": find_inverter(name).name, **trained.note}
         rows[name.strip("/").removeprefix("runs/").replace("/", "-")] = Contestant(inverter, limits.get(name), about)  # type: ignore[arg-type]
     return rows
-
-
-def _size(trained: Trained) -> int:
-    prior = getattr(trained.inverter, "prior", None)
-    return prior.size if isinstance(prior, DiffusionPrior) else trained.config.data.params.val.params.size
 
 
 def chosen_data(config: DictConfig, trained: Trained) -> Dataset[dict[str, Any]]:
@@ -109,8 +104,8 @@ def main() -> None:
         referee=instantiate(config.referee, where="referee").to(device) if config.referee else None,
         referee_name=config.referee.params.name if config.referee else "",
         first_stage=prior.first_stage if isinstance(prior, DiffusionPrior) else None,
-        truth=scene_truth(config.factor_images, size=_size(first)) if scenes and config.factor_images else None,
-        size=_size(first),
+        truth=scene_truth(config.factor_images, size=first.inverter.size) if scenes and config.factor_images else None,
+        size=first.inverter.size,
         seed=config.seed,
         batch_size=config.batch_size,
         distribution_resamples=config.distribution_resamples,

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Inverter(Protocol):
-    """Features -> images."""
+    """Features -> images of `size` pixels a side."""
+
+    size: int
 
     def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """Features (N, C, H, W) and N seeds -> images (N, 3, H, W) in [0, 1]."""
@@ -29,7 +31,7 @@ class TrainableInverter(Inverter, Protocol):
         """Return a dict with "loss" (), a scalar to minimise, and parts to log."""
         ...
 
-    def prepare(self, features: Tensor, latents: Tensor) -> None:
+    def prepare(self, features: Tensor, latents: Tensor | None) -> None:
         """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
         ...
 

@@ -45,7 +45,7 @@ class DiffusionInverter(nn.Module):
         strength: float = 1.0,
     ):
         super().__init__()
-        self.prior = prior.freeze()
+        self.prior, self.size = prior.freeze(), prior.size
         self.encoder = encoder
         self.branch = control_branch(prior.unet)
         # Shares the prior's UNet and the branch; kept out of the module tree so that nothing is saved twice.
@@ -64,7 +64,7 @@ class DiffusionInverter(nn.Module):
         """The prior's UNet with this inverter's branch."""
         return self._unet[0]
 
-    def prepare(self, features: Tensor, latents: Tensor) -> None:
+    def prepare(self, features: Tensor, latents: Tensor | None) -> None:
         """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
         self.encoder.fit(features, latents)  # type: ignore[operator]
 
@@ -194,7 +194,7 @@ class PosteriorMean:
     """
 
     def __init__(self, inverter: DiffusionInverter):
-        self.inverter, self.prior = inverter, inverter.prior
+        self.inverter, self.prior, self.size = inverter, inverter.prior, inverter.size
 
     def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """Features (N, C, H, W) -> images (N, 3, H, W) in [0, 1]; the seeds change nothing."""

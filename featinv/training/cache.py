@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
 from featinv.errors import UserError
 from featinv.files import run_lock, write_json
+from featinv.image import to_uint8
 
 log = logging.getLogger(__name__)
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """Cached latents (posterior mean, standard deviation) and features, read batch by batch.
+    """Cached latents (posterior mean, standard deviation) or images, and features, read batch by batch.
 
     Indexed with a list of rows it returns a whole batch: latents drawn anew from the posterior each time, features in
     float32. Use it with a batch sampler and `batch_size=None`.
@@ -36,16 +37,18 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.arrays = {
-            name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("mean", "std", "features")
-        }
+        paths = sorted(self.folder.glob("*.npy"))
+        self.arrays = {path.stem: np.load(path, mmap_mode="r") for path in paths}
 
     def __len__(self) -> int:
-        return len(self.arrays["mean"])
+        return len(self.arrays["features"])
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         index = np.asarray(rows) % len(self)
-        mean, std, features = (torch.from_numpy(self.arrays[k][index]).float() for k in ("mean", "std", "features"))
+        found = {name: torch.from_numpy(array[index]).float() for name, array in self.arrays.items()}
+        if "image" in found:
+            return {"image": found["image"] / 255, "features": found["features"]}
+        mean, std, features = found["mean"], found["std"], found["features"]
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(rows[0]) * 7919 + len(index)))
         return {"latents": mean + std * noise, "features": features}
 
@@ -55,16 +58,20 @@ def cache_key(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def cache_bytes(images: int, latent_shape: Sequence[int], feature_shape: Sequence[int]) -> int:
-    """Size on disk in bytes: two latents and one feature map in half precision an image."""
-    return images * 2 * (2 * int(np.prod(latent_shape)) + int(np.prod(feature_shape)))
+def _dtype(name: str) -> type[np.generic]:
+    return np.uint8 if name == "image" else np.float16
+
+
+def cache_bytes(images: int, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Size on disk in bytes: pictures as bytes, latents and features in half precision."""
+    return images * sum(int(np.prod(shape)) * np.dtype(_dtype(name)).itemsize for name, shape in shapes.items())
 
 
 def build_cache(
     root: str | Path,
     description: dict[str, Any],
     dataset: Dataset[dict[str, Any]],
-    first_stage: FirstStage,
+    first_stage: FirstStage | None,
     backbone: Backbone,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -76,7 +83,7 @@ def build_cache(
         root: Parent folder; the cache lies in a folder named by the hash of `description`.
         description: Configuration of data set, prior and backbone.
         dataset: Map-style; its "image" items are (3, H, W) in [0, 1].
-        first_stage: Makes the latents.
+        first_stage: Makes the latents; None keeps the images themselves, as bytes.
         backbone: Makes the features.
         batch_size: Images at a time.
         num_workers: Processes that read or render images.
@@ -94,10 +101,13 @@ def build_cache(
         if done >= total:
             return FeatureCache(folder)
         sample = torch.zeros(1, *dataset[0]["image"].shape)
-        latent = tuple(first_stage.latent_shape(sample.shape[-1]))
         spec = backbone.spec
-        shapes = {"mean": latent, "std": latent, "features": (spec.channels, spec.height, spec.width)}
-        size = cache_bytes(total, latent, shapes["features"])
+        shapes: dict[str, tuple[int, ...]] = {"features": (spec.channels, spec.height, spec.width)}
+        if first_stage is None:
+            shapes["image"] = tuple(sample.shape[1:])
+        else:
+            shapes["mean"] = shapes["std"] = tuple(first_stage.latent_shape(sample.shape[-1]))
+        size = cache_bytes(total, shapes)
         if not done:
             _check_space(folder, size)
             log.info("caching latents and features of %d images: %.2f GB in %s", total, size / 1e9, folder)
@@ -125,10 +135,13 @@ def build_cache(
 
 
 @torch.no_grad()
-def _encode(images: Tensor, first_stage: FirstStage, backbone: Backbone) -> dict[str, np.ndarray]:
+def _encode(images: Tensor, first_stage: FirstStage | None, backbone: Backbone) -> dict[str, np.ndarray]:
+    images = images.to(backbone.mean.device)
+    features = backbone(images).half().cpu().numpy()
+    if first_stage is None:
+        return {"features": features, "image": to_uint8(images).cpu().numpy()}
     mean, std = first_stage.posterior(images)
-    values = {"mean": mean, "std": std, "features": backbone(images)}
-    return {name: value.half().cpu().numpy() for name, value in values.items()}
+    return {"features": features, "mean": mean.half().cpu().numpy(), "std": std.half().cpu().numpy()}
 
 
 def _stack_images(items: list[dict[str, Any]]) -> Tensor:
@@ -138,7 +151,7 @@ def _stack_images(items: list[dict[str, Any]]) -> Tensor:
 def _open(path: Path, shape: tuple[int, ...], done: int) -> np.memmap:
     if done and path.is_file():
         return np.lib.format.open_memmap(path, mode="r+")
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=_dtype(path.stem), shape=shape)
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -26,13 +26,14 @@ log = logging.getLogger(__name__)
 def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> Dataset[dict[str, Any]]:
     """The training set of `config.data`: indexed with a list of rows it returns a batch; or a stream.
 
-    With `training.cache`, latents and features are computed once (or found from an earlier run), which saves the first
-    stage and the backbone in every step; random crops and flips are then those of the first epoch.
+    With `training.cache`, features and latents (images, if there is no first stage) are computed once, or found from an
+    earlier run, which saves the first stage and the backbone in every step; random crops and flips are then those of
+    the first epoch.
 
     Unreadable images are named in `folder`/skipped.json.
 
     Raises:
-        UserError: If the inverter has no prior whose latents could be cached, or the disk is too small.
+        UserError: If the disk is too small.
     """
     data = instantiate(config.data, where="data")
     data.setup()
@@ -44,15 +45,14 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
     if not settings.cache:
         return BatchedRows(dataset)
     prior = getattr(module.inverter, "prior", None)
-    if not isinstance(prior, DiffusionPrior):
-        raise UserError("training.cache keeps latents, which this inverter does not have; set training.cache=false.")
+    first_stage = prior.first_stage if isinstance(prior, DiffusionPrior) else None
     description = {
         "data": OmegaConf.to_container(config.data.params.train, resolve=True),
-        "first_stage": first_stage_fingerprint(prior.first_stage),
+        "first_stage": first_stage_fingerprint(first_stage) if first_stage is not None else None,
         "backbone": OmegaConf.to_container(config.backbone, resolve=True),
     }
     return build_cache(
-        settings.cache_root, description, dataset, prior.first_stage, module.backbone, num_workers=data.num_workers
+        settings.cache_root, description, dataset, first_stage, module.backbone, num_workers=data.num_workers
     )
 
 
@@ -76,8 +76,9 @@ def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: i
     for start in range(0, total, 64):
         batch = dataset[list(range(start, min(start + 64, total)))]  # type: ignore[index]
         features.append(module.features_of(batch).cpu())
-        latents.append(
-            batch["latents"] if "latents" in batch else module.inverter.prior.first_stage.encode(batch["image"])
-        )
+        if "latents" in batch:
+            latents.append(batch["latents"])
+        elif isinstance(getattr(module.inverter, "prior", None), DiffusionPrior):
+            latents.append(module.inverter.prior.first_stage.encode(batch["image"]))
     log.info("fitting whitening and linear estimate on %d images", total)
-    module.inverter.prepare(torch.cat(features), torch.cat(latents))
+    module.inverter.prepare(torch.cat(features), torch.cat(latents) if latents else None)
