@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from featinv.backbones import load_backbone
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
-from featinv.inverters.optimisation import OptimizationInverter, total_variation
+from featinv.inverters.optimisation import OptimizationInverter
 from featinv.inverters.reconstruct import reconstruct, sample_seed
+from featinv.inverters.regularisers import total_variation
 from featinv.training.batches import StepBatches
 from featinv.training.cache import build_cache
 from featinv.training.ema import EMA

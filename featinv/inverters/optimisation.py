@@ -5,37 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from featinv.backbones.base import Backbone
+from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError
-from featinv.image import seeded_noise
+from featinv.image import resize, seeded_noise
+from featinv.inverters.parametrisations import Fourier, Latents, Parametrisation, Pixels
+from featinv.inverters.regularisers import Regulariser
 
-
-def total_variation(images: Tensor, beta: float = 2.0) -> Tensor:
-    """Isotropic total variation of each image: mean over pixels of (dx^2 + dy^2)^(beta / 2), shape (N,)."""
-    dx = F.pad(images[..., :, 1:] - images[..., :, :-1], (0, 1))
-    dy = F.pad(images[..., 1:, :] - images[..., :-1, :], (0, 0, 0, 1))
-    # The root has no gradient at 0; the offset is far below one grey level.
-    return (dx.square() + dy.square() + 1e-8).pow(beta / 2).mean((1, 2, 3))
+Progress = Callable[[int, Tensor], None]
+KINDS, OPTIMIZERS = ("pixel", "fourier", "latent"), ("adam", "lbfgs")
 
 
 class OptimizationInverter:
-    """Gradient descent on the pixels until their features match.
+    """Gradient descent on a picture until its features match.
 
-    Minimises ||phi(x) - phi_0||^2 / ||phi_0||^2 + tv_weight * TV(x) + l2_weight * mean((x - 0.5)^2) with Adam, every
-    image on its own: neither batch size nor order changes a result.
+    Minimises ||m (phi(x) - phi_0)||^2 / ||m phi_0||^2 + R(x), m an optional mask, every image on its own: neither batch
+    size nor order changes a result.
 
     Args:
         backbone: Whose features are matched; differentiable in the image.
         size: Side of the pictures in pixels.
-        steps: Gradient steps.
-        learning_rate: Adam's, in pixel units.
+        steps: Gradient steps (of L-BFGS: outer iterations).
+        learning_rate: Adam's, in units of the parametrisation; L-BFGS's first step length.
         tv_weight: Weight of the total variation.
         tv_beta: Its exponent.
         l2_weight: Pull towards mid-grey.
+        regulariser: Instead of the three above.
+        parametrisation: "pixel", "fourier" or "latent" (through the first stage of `prior`).
+        prior: A prior or its name, for "latent".
+        optimizer: "adam" or "lbfgs" (one image at a time).
+        jitter: Shift by up to so many pixels at every step.
+        scale: Resize by up to this share, up or down, at every step.
+        start: "noise" or "grey"; `invert` also takes pictures to start from.
         batch_size: Images optimised at a time (memory, not result).
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -47,20 +54,41 @@ class OptimizationInverter:
         tv_weight: float = 1.0,
         tv_beta: float = 2.0,
         l2_weight: float = 0.02,
+        regulariser: Regulariser | None = None,
+        parametrisation: str = "pixel",
+        prior: DiffusionPrior | str | None = None,
+        optimizer: str = "adam",
+        jitter: int = 0,
+        scale: float = 0.0,
+        start: str = "noise",
         batch_size: int = 32,
     ):
-        if steps < 1 or size < 1 or batch_size < 1:
-            raise UserError("the optimisation inverter needs steps, size and batch_size of at least 1.")
+        if steps < 1 or size < 1 or batch_size < 1 or jitter < 0 or not 0 <= scale < 1:
+            raise UserError("steps, size and batch_size must be at least 1, jitter at least 0, scale in [0, 1).")
+        for name, value, valid in (
+            ("parametrisation", parametrisation, KINDS),
+            ("optimizer", optimizer, OPTIMIZERS),
+            ("start", start, ("noise", "grey")),
+        ):
+            if value not in valid:
+                raise UserError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")
+        if parametrisation == "latent" and prior is None:
+            raise UserError("the latent parametrisation needs a prior, whose first stage decodes the latents.")
         self.backbone, self.size, self.steps, self.learning_rate = backbone, size, steps, learning_rate
-        self.tv_weight, self.tv_beta, self.l2_weight, self.batch_size = (
-            tv_weight,
-            tv_beta,
-            l2_weight,
-            batch_size,
-        )
+        self.regulariser = regulariser or Regulariser(tv_weight, tv_beta, l2_weight=l2_weight)
+        self.kind, self.optimizer, self.start, self.batch_size = parametrisation, optimizer, start, batch_size
+        self.jitter, self.scale = jitter, scale
+        loaded = load_prior(prior) if isinstance(prior, str) else prior
+        self._first_stage = loaded.first_stage if loaded is not None and parametrisation == "latent" else None
 
     def invert(
-        self, features: Tensor, *, seeds: Sequence[int], callback: Callable[[int, Tensor], None] | None = None
+        self,
+        features: Tensor,
+        *,
+        seeds: Sequence[int],
+        callback: Progress | None = None,
+        mask: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Find one image for each row of features.
 
@@ -68,34 +96,75 @@ class OptimizationInverter:
             features: (N, C, H, W) from the same backbone.
             seeds: N seeds of the starting noise.
             callback: Called as callback(step, images) after every step.
+            mask: Weights in [0, 1] that broadcast to (N, C, H, W): which channels or positions must match.
+            start: Pictures (N, 3, H, W) in [0, 1] to start from.
 
         Returns:
             Images (N, 3, size, size) in [0, 1].
         """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
-        parts = [
-            self._invert(features[i : i + self.batch_size], seeds[i : i + self.batch_size], callback)
-            for i in range(0, len(features), self.batch_size)
-        ]
+        begin = self._start(seeds, start).to(features)
+        weights = None if mask is None else mask.to(features).expand_as(features)
+        step = 1 if self.optimizer == "lbfgs" else self.batch_size
+        parts = []
+        for i in range(0, len(features), step):
+            rows = slice(i, i + step)
+            chosen = None if weights is None else weights[rows]
+            parts.append(self._descend(features[rows], begin[rows], chosen, callback))
         return torch.cat(parts)
 
-    def _invert(self, features: Tensor, seeds: Sequence[int], callback: Callable[[int, Tensor], None] | None) -> Tensor:
-        start = 0.5 + 0.1 * seeded_noise(seeds, (3, self.size, self.size))
-        images = start.to(features).requires_grad_(True)
-        optimizer = torch.optim.Adam([images], lr=self.learning_rate)
-        energy = features.square().flatten(1).sum(1).clamp(min=1e-12)
+    def _start(self, seeds: Sequence[int], start: Tensor | None) -> Tensor:
+        if start is not None:
+            return resize(start, self.size)
+        noise = seeded_noise(seeds, (3, self.size, self.size))
+        return (0.5 + (0.1 if self.start == "noise" else 0.001) * noise).clamp(0, 1)
+
+    def _parametrise(self, start: Tensor) -> Parametrisation:
+        if self.kind == "latent":
+            assert self._first_stage is not None
+            return Latents(start, self._first_stage)
+        return Fourier(start) if self.kind == "fourier" else Pixels(start)
+
+    def _transform(self, images: Tensor, step: int) -> Tensor:
+        """Shift and rescale by amounts that the step alone decides: no image depends on its neighbours."""
+        generator = torch.Generator().manual_seed(step)
+        if self.scale:
+            factor = 1 + self.scale * float(2 * torch.rand((), generator=generator) - 1)
+            images = resize(images, max(8, round(images.shape[-1] * factor)))
+        if self.jitter:
+            dx, dy = torch.randint(-self.jitter, self.jitter + 1, (2,), generator=generator).tolist()
+            images = images.roll((dy, dx), (2, 3))
+        return images
+
+    def _objective(self, images: Tensor, features: Tensor, mask: Tensor | None, step: int) -> Tensor:
+        difference, wanted = self.backbone(self._transform(images, step)) - features, features
+        if mask is not None:
+            difference, wanted = difference * mask, wanted * mask
+        energy = wanted.square().flatten(1).sum(1).clamp(min=1e-12)
+        # A sum, not a mean: Adam's step on one image must not depend on how many others there are.
+        return (difference.square().flatten(1).sum(1) / energy + self.regulariser(images)).sum()
+
+    def _descend(self, features: Tensor, start: Tensor, mask: Tensor | None, callback: Progress | None) -> Tensor:
+        free = self._parametrise(start)
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adam":
+            optimizer = torch.optim.Adam([free.tensor], lr=self.learning_rate)
+        else:
+            optimizer = torch.optim.LBFGS(
+                [free.tensor], lr=self.learning_rate, max_iter=1, history_size=20, line_search_fn="strong_wolfe"
+            )
         with torch.enable_grad():
             for step in range(self.steps):
-                distance = (self.backbone(images) - features).square().flatten(1).sum(1) / energy
-                smooth = self.tv_weight * total_variation(images, self.tv_beta)
-                grey = self.l2_weight * (images - 0.5).square().mean((1, 2, 3))
-                optimizer.zero_grad()
-                # A sum, not a mean: Adam's step on one image must not depend on how many others there are.
-                (distance + smooth + grey).sum().backward()
-                optimizer.step()
-                with torch.no_grad():
-                    images.clamp_(0, 1)
+
+                def closure(step: int = step) -> float:
+                    optimizer.zero_grad()
+                    loss = self._objective(free.images(), features, mask, step)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    return float(loss.detach())
+
+                optimizer.step(closure)
+                free.project()
                 if callback is not None:
-                    callback(step, images.detach())
-        return images.detach()
+                    callback(step, free.images().detach())
+        return free.images().detach().clamp(0, 1)
