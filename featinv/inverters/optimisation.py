@@ -152,7 +152,13 @@ class OptimizationInverter:
             optimizer = torch.optim.Adam([free.tensor], lr=self.learning_rate)
         else:
             optimizer = torch.optim.LBFGS(
-                [free.tensor], lr=self.learning_rate, max_iter=1, history_size=20, line_search_fn="strong_wolfe"
+                [free.tensor],
+                lr=self.learning_rate,
+                max_iter=1,
+                history_size=20,
+                line_search_fn="strong_wolfe",
+                tolerance_grad=0.0,  # the normalised objective is small long before it is done
+                tolerance_change=0.0,
             )
         with torch.enable_grad():
             for step in range(self.steps):
