@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featinv.attribution.saliency import class_indices
+from featinv.attribution.scores import class_indices
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
 

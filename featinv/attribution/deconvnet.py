@@ -1,4 +1,4 @@
-"""DeconvNet (Zeiler & Fergus 2014, arXiv 1311.2901): project a feature map back to pixels through the network itself."""
+"""DeconvNet (Zeiler & Fergus 2014, arXiv 1311.2901): project a feature map to pixels through the network itself."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from featinv.errors import UserError
 def deconvnet(backbone: Backbone, images: Tensor, mask: Tensor | None = None) -> Tensor:
     """Project (part of) the feature maps of images back to pixel space.
 
-    Unpooling with the switches of the forward pass, inverse rectification (the signal coming down is rectified, whatever
-    the unit itself did) and transposed filters. This is the network's own backward pass with another rule at each ReLU
+    Unpooling with the switches of the forward pass, inverse rectification (the signal coming down is rectified,
+    whatever the unit itself did) and transposed filters. This is the network's own backward pass with another rule at each ReLU
     (Simonyan et al. 2014, arXiv 1312.6034, section 4), so skip connections and any layer work.
 
     Args:

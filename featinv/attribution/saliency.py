@@ -18,6 +18,7 @@ from featinv.attribution.grad_cam import grad_cam
 from featinv.attribution.guided import guided_backprop
 from featinv.attribution.scores import Logits, prepare
 from featinv.backbones.base import Backbone
+from featinv.config import nearest
 from featinv.errors import UserError
 from featinv.image import resize
 

@@ -63,5 +63,5 @@ def prepare(backbone: Backbone, images: Tensor, target: Tensor | Sequence[int] |
     if not len(images):
         raise UserError("attribution needs at least one image.")
     with torch.no_grad():
-        logits = _Logits(backbone)(images)
+        logits = Logits(backbone)(images)
     return images.detach().clone().requires_grad_(), class_indices(logits, target)
