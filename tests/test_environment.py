@@ -1,3 +1,4 @@
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -28,11 +29,20 @@ def test_conda_environment_agrees_with_the_project() -> None:
 
 
 def test_every_third_party_import_is_required() -> None:
-    names = {"pytorch_lightning": "pytorch-lightning", "PIL": "pillow", "skimage": "scikit-image"}
+    names = {
+        "pytorch_lightning": "pytorch-lightning",
+        "PIL": "pillow",
+        "skimage": "scikit-image",
+        "open_clip": "open_clip_torch",
+    }
     required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     found = set()
     for path in (ROOT / "featinv").rglob("*.py"):
-        found |= set(re.findall(r"^\s*(?:from|import) ([A-Za-z_]+)", path.read_text(), re.MULTILINE))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).partition(".")[0])
     import sys
 
     third = {n for n in found if n not in sys.stdlib_module_names and n != "featinv"}

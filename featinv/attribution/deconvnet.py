@@ -17,8 +17,8 @@ def deconvnet(backbone: Backbone, images: Tensor, mask: Tensor | None = None) ->
     """Project (part of) the feature maps of images back to pixel space.
 
     Unpooling with the switches of the forward pass, inverse rectification (the signal coming down is rectified,
-    whatever the unit itself did) and transposed filters. This is the network's own backward pass with another rule at each ReLU
-    (Simonyan et al. 2014, arXiv 1312.6034, section 4), so skip connections and any layer work.
+    whatever the unit itself did) and transposed filters. This is the network's own backward pass with another rule at
+    each ReLU (Simonyan et al. 2014, arXiv 1312.6034, section 4), so skip connections and any layer work.
 
     Args:
         backbone: A convolutional network with max-pooling and ReLU layers, at any layer.
