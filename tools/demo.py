@@ -37,13 +37,13 @@ def contestants(trained: Trained, backbone: Any) -> dict[str, Contestant]:
     optimisation = build_inverter(DictConfig({"inverter": node}), backbone.spec, backbone)
     own = {"note": trained.note}
     rows = {
-        "this branch": Contestant(trained.inverter, about=own),
-        "this branch, posterior mean": Contestant(PosteriorMean(trained.inverter), about=own),  # type: ignore[arg-type]
+        "branch": Contestant(trained.inverter, about=own),
+        "branch-posterior-mean": Contestant(PosteriorMean(trained.inverter), about=own),  # type: ignore[arg-type]
     }
     if BUNDLED in bundled_inverters():
         bundled = load_trained(BUNDLED)
-        rows["bundled branch"] = Contestant(bundled.inverter, about={"note": bundled.note})
-    rows[f"optimisation, {SLOW_STEPS} steps"] = Contestant(optimisation, SLOW_IMAGES, {"steps": SLOW_STEPS})
+        rows["bundled"] = Contestant(bundled.inverter, about={"note": bundled.note})
+    rows[f"optimisation-{SLOW_STEPS}"] = Contestant(optimisation, SLOW_IMAGES, {"steps": SLOW_STEPS})
     return rows
 
 

@@ -11,11 +11,11 @@ from featinv.backbones.base import Backbone
 from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError
 from featinv.image import resize, seeded_noise
-from featinv.inverters.parametrisations import Fourier, Latents, Parametrisation, Pixels
+from featinv.inverters.parametrisations import PARAMETRISATIONS, parametrise, shaken
 from featinv.inverters.regularisers import Regulariser
 
 Progress = Callable[[int, Tensor], None]
-KINDS, OPTIMIZERS = ("pixel", "fourier", "latent"), ("adam", "lbfgs")
+OPTIMIZERS = ("adam", "lbfgs")
 
 
 class OptimizationInverter:
@@ -66,7 +66,7 @@ class OptimizationInverter:
         if steps < 1 or size < 1 or batch_size < 1 or jitter < 0 or not 0 <= scale < 1:
             raise UserError("steps, size and batch_size must be at least 1, jitter at least 0, scale in [0, 1).")
         for name, value, valid in (
-            ("parametrisation", parametrisation, KINDS),
+            ("parametrisation", parametrisation, PARAMETRISATIONS),
             ("optimizer", optimizer, OPTIMIZERS),
             ("start", start, ("noise", "grey")),
         ):
@@ -120,25 +120,8 @@ class OptimizationInverter:
         noise = seeded_noise(seeds, (3, self.size, self.size))
         return (0.5 + (0.1 if self.start == "noise" else 0.001) * noise).clamp(0, 1)
 
-    def _parametrise(self, start: Tensor) -> Parametrisation:
-        if self.kind == "latent":
-            assert self._first_stage is not None
-            return Latents(start, self._first_stage)
-        return Fourier(start) if self.kind == "fourier" else Pixels(start)
-
-    def _transform(self, images: Tensor, step: int) -> Tensor:
-        """Shift and rescale by amounts that the step alone decides: no image depends on its neighbours."""
-        generator = torch.Generator().manual_seed(step)
-        if self.scale:
-            factor = 1 + self.scale * float(2 * torch.rand((), generator=generator) - 1)
-            images = resize(images, max(8, round(images.shape[-1] * factor)))
-        if self.jitter:
-            dx, dy = torch.randint(-self.jitter, self.jitter + 1, (2,), generator=generator).tolist()
-            images = images.roll((dy, dx), (2, 3))
-        return images
-
     def _objective(self, images: Tensor, features: Tensor, mask: Tensor | None, step: int) -> Tensor:
-        difference, wanted = self.backbone(self._transform(images, step)) - features, features
+        difference, wanted = self.backbone(shaken(images, step, self.jitter, self.scale)) - features, features
         if mask is not None:
             difference, wanted = difference * mask, wanted * mask
         energy = wanted.square().flatten(1).sum(1).clamp(min=1e-12)
@@ -146,7 +129,7 @@ class OptimizationInverter:
         return (difference.square().flatten(1).sum(1) / energy + self.regulariser(images)).sum()
 
     def _descend(self, features: Tensor, start: Tensor, mask: Tensor | None, callback: Progress | None) -> Tensor:
-        free = self._parametrise(start)
+        free = parametrise(self.kind, start, self._first_stage)
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adam":
             optimizer = torch.optim.Adam([free.tensor], lr=self.learning_rate)

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from featinv.diffusion.first_stage import FirstStage
+from featinv.errors import UserError
+from featinv.image import resize
+
+PARAMETRISATIONS = ("pixel", "fourier", "latent")
 
 
 class Parametrisation(Protocol):
@@ -90,3 +94,42 @@ class Latents:
 
     def project(self) -> None:
         """Every latent is allowed."""
+
+
+def parametrise(kind: str, start: Tensor, first_stage: FirstStage | None = None) -> Parametrisation:
+    """A parametrisation by name.
+
+    Args:
+        kind: One of `PARAMETRISATIONS`.
+        start: (N, 3, H, W) in [0, 1].
+        first_stage: For "latent".
+
+    Raises:
+        UserError: If the name is unknown, or "latent" has no first stage.
+    """
+    if kind not in PARAMETRISATIONS:
+        raise UserError(f"parametrisation must be one of {', '.join(PARAMETRISATIONS)}, not {kind!r}.")
+    if kind == "latent":
+        if first_stage is None:
+            raise UserError("the latent parametrisation needs a prior, whose first stage decodes the latents.")
+        return Latents(start, first_stage)
+    return Fourier(start) if kind == "fourier" else Pixels(start)
+
+
+def shaken(images: Tensor, step: int, jitter: int, scale: float) -> Tensor:
+    """Shift and rescale images (N, 3, H, W) by amounts that the step alone decides: no image depends on its neighbours.
+
+    Args:
+        images: (N, 3, H, W).
+        step: Seeds the amounts.
+        jitter: Largest shift in pixels, cyclic.
+        scale: Largest change of size, as a share.
+    """
+    generator = torch.Generator().manual_seed(step)
+    if scale:
+        factor = 1 + scale * float(2 * torch.rand((), generator=generator) - 1)
+        images = resize(images, max(8, round(images.shape[-1] * factor)))
+    if jitter:
+        dx, dy = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+        images = images.roll((dy, dx), (2, 3))
+    return images

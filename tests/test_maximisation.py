@@ -1,0 +1,73 @@
+import pytest
+import torch
+from conftest import tiny_prior
+
+from featinv.attribution.maximisation import (
+    channel_objective,
+    class_objective,
+    direction_objective,
+    maximise,
+    unit_objective,
+)
+from featinv.backbones import load_backbone
+from featinv.errors import UserError
+from featinv.inverters.regularisers import Regulariser
+
+
+@pytest.fixture(scope="module")
+def net():
+    return load_backbone("resnet10t", pretrained=False, input_size=64)
+
+
+@pytest.mark.parametrize("kind", ["pixel", "fourier", "latent"])
+def test_each_objective_rises(net, kind) -> None:
+    direction = torch.randn(net.spec.channels)
+    objectives = [
+        channel_objective(net, 3),
+        unit_objective(net, 3, 0, 1),
+        class_objective(net, 7),
+        direction_objective(net, direction),
+    ]
+    prior = tiny_prior() if kind == "latent" else None
+    for objective in objectives:
+        seen: list[torch.Tensor] = []
+        images = maximise(
+            objective,
+            [1, 2],
+            size=32,
+            steps=12,
+            parametrisation=kind,
+            prior=prior,
+            learning_rate=0.02,
+            regulariser=Regulariser(tv_weight=0, l2_weight=0),
+            jitter=0,
+            scale=0,
+            callback=lambda step, x, seen=seen: seen.append(x),
+        )
+        assert images.shape == (2, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
+        assert objective(images).mean() > objective(seen[0]).mean()
+
+
+def test_direction_along_an_axis_is_that_channel(net) -> None:
+    images, axis = torch.rand(2, 3, 64, 64), torch.zeros(net.spec.channels)
+    axis[5] = 3.0
+    assert torch.allclose(direction_objective(net, axis)(images), channel_objective(net, 5)(images), atol=1e-5)
+
+
+def test_a_picture_depends_on_its_own_seed_alone(net) -> None:
+    objective = channel_objective(net, 3)
+    both = maximise(objective, [1, 2], size=32, steps=3)
+    assert torch.allclose(both[1:], maximise(objective, [2], size=32, steps=3), atol=1e-4)
+
+
+def test_mistakes_are_named(net) -> None:
+    for call in (
+        lambda: channel_objective(net, 512),
+        lambda: unit_objective(net, 0, 9, 0),
+        lambda: class_objective(net, 1000),
+        lambda: direction_objective(net, torch.zeros(512)),
+        lambda: maximise(channel_objective(net, 0), [1], parametrisation="latent"),
+        lambda: maximise(channel_objective(net, 0), [1], parametrisation="wavelet"),
+    ):
+        with pytest.raises(UserError):
+            call()
