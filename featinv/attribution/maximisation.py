@@ -106,5 +106,5 @@ def maximise(
             optimizer.step()
             free.project()
             if callback is not None:
-                callback(step, free.images().detach())
+                callback(step, free.images().detach().clone())
     return free.images().detach().clamp(0, 1)

@@ -155,5 +155,5 @@ class OptimizationInverter:
                 optimizer.step(closure)
                 free.project()
                 if callback is not None:
-                    callback(step, free.images().detach())
+                    callback(step, free.images().detach().clone())
         return free.images().detach().clamp(0, 1)
