@@ -1,7 +1,7 @@
 """The whole system in a few minutes on a laptop: train a branch, sample, evaluate, one page to look at.
 
 python -m tools.demo            interrupted, the same command goes on
-python -m tools.demo images=64 training.max_steps=100
+python -m tools.demo demo.images=64 training.max_steps=100
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from featinv.report.benchmark import benchmark_sections, write_tables
 from featinv.report.page import file_tag, write_page
 from train import train
 
-IMAGES, SLOW_IMAGES, SLOW_STEPS = 256, 16, 100
 BUNDLED = "scenes64/efficientnet_lite0"
 
 
-def contestants(trained: Trained, backbone: Any) -> dict[str, Contestant]:
+def contestants(trained: Trained, backbone: Any, sizes: DictConfig) -> dict[str, Contestant]:
     """The branch just trained, the bundled one, and the optimisation inverter on a few images."""
     node = load_group("inverter", "optimisation")
-    node.params.update({"steps": SLOW_STEPS, "size": trained.inverter.prior.size})  # type: ignore[attr-defined]
+    node.params.update({"steps": sizes.slow_steps, "size": trained.inverter.prior.size})  # type: ignore[attr-defined]
     optimisation = build_inverter(DictConfig({"inverter": node}), backbone.spec, backbone)
     own = {"note": trained.note}
     rows = {
@@ -43,7 +42,7 @@ def contestants(trained: Trained, backbone: Any) -> dict[str, Contestant]:
     if BUNDLED in bundled_inverters():
         bundled = load_trained(BUNDLED)
         rows["bundled"] = Contestant(bundled.inverter, about={"note": bundled.note})
-    rows[f"optimisation-{SLOW_STEPS}"] = Contestant(optimisation, SLOW_IMAGES, {"steps": SLOW_STEPS})
+    rows[f"optimisation-{sizes.slow_steps}"] = Contestant(optimisation, sizes.slow_images, {"steps": sizes.slow_steps})
     return rows
 
 
@@ -62,15 +61,15 @@ def run(config: DictConfig, out: Path) -> dict[str, Any]:
     data.setup()
     benchmark = Benchmark(
         backbone,
-        Subset(data.val, range(IMAGES)),  # type: ignore[arg-type]
+        Subset(data.val, range(config.demo.images)),  # type: ignore[arg-type]
         out,
         referee=load_backbone("mobilenetv2"),
         first_stage=trained.inverter.prior.first_stage,  # type: ignore[attr-defined]
-        truth=scene_truth(1000),
+        truth=scene_truth(config.demo.factor_images),
         batch_size=64,
         distribution_resamples=5,
     )
-    content = benchmark.run(contestants(trained, backbone))
+    content = benchmark.run(contestants(trained, backbone, config.demo))
     content["meta"]["minutes"] = round((time.time() - started) / 60, 1)
     content["meta"]["training"] = json.loads((branch / "probe.jsonl").read_text().splitlines()[-1])
     write_json(out / "metrics.json", content)
@@ -84,13 +83,13 @@ def run(config: DictConfig, out: Path) -> dict[str, Any]:
 def main() -> None:
     """Say what will happen, then do it."""
     command = parse_command_line(__doc__ or "", "demo")
-    settings = command.config.training
+    settings, sizes = command.config.training, command.config.demo
     out = command.out or Path("runs/demo")
+    scenes = command.config.data.params.train.params.length
     print(
-        f"demo: caches {command.config.data.params.train.params.length} rendered scenes (1 min), trains a branch for "
-        f"{settings.max_steps} steps of {settings.batch_size} (5 min), reconstructs {IMAGES} held-out scenes, inverts "
-        f"{SLOW_IMAGES} by optimisation, evaluates (2 min): about 8 minutes on 2 cores. Into "
-        f"{out}; goes on if interrupted."
+        f"demo, about 9 minutes on 2 cores: caches {scenes} rendered scenes (1 min), trains a branch for "
+        f"{settings.max_steps} steps of {settings.batch_size} (5 min), reconstructs {sizes.images} held-out scenes, "
+        f"inverts {sizes.slow_images} by optimisation, evaluates (3 min). Into {out}; goes on if interrupted."
     )
     content = run(command.config, out)
     print((out / "table.md").read_text())

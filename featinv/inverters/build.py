@@ -29,8 +29,8 @@ def build_inverter(
 ) -> Inverter:
     """Build the inverter that `config.inverter` names.
 
-    What its constructor asks for beyond the YAML is derived: `prior` from config.prior, `encoder` from
-    config.conditioning (fitted to features and latents), `spec`, `backbone`, and `size` in pixels.
+    What its constructor asks for beyond the YAML is derived: `prior` (if it cannot do without) from config.prior,
+    `encoder` from config.conditioning (built for features and latents), `spec`, `backbone`, and `size` in pixels.
 
     Args:
         config: With `inverter`, and where needed `prior`, `conditioning` and `backbone`.
@@ -44,7 +44,7 @@ def build_inverter(
     wanted = inspect.signature(resolve_target(config.inverter.target, "inverter.target")).parameters
     given = config.inverter.get("params") or {}
     derived: dict[str, Any] = {}
-    if "prior" in wanted:
+    if "prior" in wanted and wanted["prior"].default is inspect.Parameter.empty:
         if config.get("prior") is None and prior is None:
             raise UserError("this inverter needs a prior; set prior=NAME_OR_PATH.")
         derived["prior"] = prior = prior or load_prior(config.prior)
