@@ -173,6 +173,19 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     assert load_png(tmp_path / "samples.png").shape[0] == 3
 
 
+def test_every_classic_method_runs_on_a_picture(tmp_path) -> None:
+    from featinv.image import save_png
+
+    save_png(tmp_path / "my.png", torch.rand(3, 90, 70))
+    words = ["--all", "--image", str(tmp_path / "my.png"), "--input-size", "64", "--steps", "2"]
+    done = _run("-m", "tools.visualize", *words, "--out", str(tmp_path / "out"), cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for name in ("grad_cam", "guided_backprop", "integrated_gradients", "optimisation", "maximisation", "fgsm", "pgd"):
+        assert (tmp_path / "out" / f"{name}.png").is_file() and (tmp_path / "out" / f"{name}.json").is_file()
+    assert "max-pooling" in page  # EfficientNet has none: the DeconvNet says so instead of drawing
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -184,6 +197,8 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
         (["sample.py", "samples"], "key=value"),
         (["-m", "eval.benchmark", "inverters=[optimisation]"], "at least one trained"),
         (["tools/list_layers.py", "resnet5000"], "timm has no model"),
+        (["-m", "tools.visualize", "gradcam", "--image", "x.png"], "grad_cam"),
+        (["-m", "tools.visualize", "grad_cam", "--image", "x.png"], "no picture or folder"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_exit_code_2(words, message) -> None:
