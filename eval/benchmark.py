@@ -1,6 +1,6 @@
 """Compare inverters on the same images: metrics.json, table.md, table.csv, report.html.
 
-python -m eval.benchmark                                         bundled inverter and optimisation, on held-out scenes
+python -m eval.benchmark                                         the branch of `make demo` and optimisation
 python -m eval.benchmark inverters=[runs/a,runs/b] n=1000 out=runs/compare
 python -m eval.benchmark inverters=[runs/convnext_base] n=10000 factor_images=0
 

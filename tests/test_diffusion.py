@@ -1,10 +1,11 @@
 import pytest
 import torch
 from conftest import tiny_first_stage, tiny_prior
+from diffusers import DDPMScheduler
 
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
-from featinv.diffusion.controlled_unet import unconditional
+from featinv.diffusion.controlled_unet import EstimateGate, unconditional
 from featinv.diffusion.first_stage import normalise_latents
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from featinv.diffusion.loss import DiffusionLoss
@@ -202,3 +203,36 @@ def test_latents_are_normalised() -> None:
     normalise_latents(stage, images)
     latents = stage.encode(images)
     assert float(latents.mean()) == pytest.approx(0, abs=1e-3) and float(latents.std()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+def test_an_open_gate_predicts_the_estimate_and_a_closed_one_nothing(kind: str) -> None:
+    scheduler = DDPMScheduler(prediction_type=kind)
+    gate = EstimateGate(scheduler, channels=4)
+    noisy, model_pred, estimate = (torch.randn(3, 4, 2, 2) for _ in range(3))
+    timesteps = torch.tensor([0, 437, 999])
+    assert torch.equal(gate(model_pred, noisy, timesteps, estimate), model_pred)
+    with torch.no_grad():
+        gate.values.fill_(1 / gate.SPEED)
+    moved = DiffusionLoss(scheduler)._estimate(noisy, gate(model_pred, noisy, timesteps, estimate), timesteps)
+    before = DiffusionLoss(scheduler)._estimate(noisy, model_pred, timesteps)
+    share = (1 - scheduler.alphas_cumprod[timesteps]).view(-1, 1, 1, 1)  # how far an open gate goes: the noise's share
+    assert torch.allclose(moved, before + share * (estimate - before), rtol=1e-3, atol=1e-3)
+    estimate[1] = torch.nan
+    again = gate(model_pred, noisy, timesteps, estimate)
+    assert torch.equal(again[1], model_pred[1]) and again.isfinite().all()
+
+
+def test_a_gate_learns_within_a_few_hundred_steps(prior) -> None:
+    gate = EstimateGate(prior.scheduler, channels=4)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-3)
+    loss = DiffusionLoss(prior.scheduler)
+    for step in range(300):
+        latents = torch.randn(16, 4, 2, 2)
+        noise, _ = loss.draw(latents, range(step * 16, step * 16 + 16))
+        timesteps = torch.full((16,), 999)
+        value = loss(lambda x, t, y=latents: gate(torch.zeros_like(x), x, t, y), latents, noise, timesteps)[0].mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert 0.8 < float(gate.SPEED * gate.values[-1].mean()) < 1.2

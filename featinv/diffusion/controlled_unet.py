@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -20,6 +20,7 @@ class Conditions:
         null_embedding: The embedding of dropped features, same shape.
         text: encoder_hidden_states (N, L, D) of the prompt.
         null_text: The same of the empty prompt.
+        estimate: Regression estimate of the clean latents (N, c, h, w), or None.
         strength: Factor on the branch's residuals.
     """
 
@@ -27,6 +28,7 @@ class Conditions:
     null_embedding: Tensor | None
     text: Tensor
     null_text: Tensor
+    estimate: Tensor | None = None
     strength: float = 1.0
 
     def without(self, drop: Sequence[str]) -> Conditions:
@@ -35,6 +37,7 @@ class Conditions:
         return dataclasses.replace(
             self,
             embedding=None if "branch" in drop else embedding,
+            estimate=None if {"branch", "features"} & set(drop) else self.estimate,
             text=self.null_text if "text" in drop else self.text,
         )
 
@@ -50,6 +53,44 @@ def control_branch(unet: UNet2DConditionModel) -> ControlNetModel:
     return branch.requires_grad_(True)
 
 
+class EstimateGate(nn.Module):
+    """Pull the prediction of the clean latents towards the regression estimate, as much as each noise level needs.
+
+    In pure noise the best prediction *is* the regression estimate (the posterior mean given the features); as the noise
+    falls, x_t itself tells more. A branch takes long to learn this through its zero convolutions, a gate takes minutes.
+    It starts at 0, so that the first step is still the frozen prior's.
+
+    Args:
+        scheduler: Owns noise levels and kind of prediction.
+        channels: Of the latents; each has its own gate.
+        knots: Noise levels with a value of their own, interpolated between.
+    """
+
+    # The optimizer moves a parameter by about its learning rate; a gate must cross [0, 1] within some hundred steps.
+    SPEED = 10.0
+
+    def __init__(self, scheduler: DDPMScheduler, channels: int, knots: int = 12):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(knots, channels))
+        self.register_buffer("alphas", scheduler.alphas_cumprod.clone().float(), persistent=False)
+        self.velocity = scheduler.config.prediction_type == "v_prediction"
+
+    def forward(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, estimate: Tensor) -> Tensor:
+        """Corrected model_pred (N, c, h, w); `timesteps` is (N,); rows whose estimate is NaN stay as they are."""
+        place = timesteps.float() / (len(self.alphas) - 1) * (len(self.values) - 1)
+        low = place.floor().long().clamp(max=len(self.values) - 2)
+        gates = torch.lerp(self.values[low], self.values[low + 1], (place - low)[:, None].to(self.values.dtype))
+        gates = (self.SPEED * gates)[:, :, None, None]
+        alphas = self.alphas[timesteps.round().long()].view(-1, 1, 1, 1)
+        signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
+        if self.velocity:
+            clean, weight = signal * noisy_latents - noise * model_pred, noise
+        else:
+            clean, weight = (noisy_latents - noise * model_pred) / signal, noise * signal
+        pull = torch.where(estimate.isnan(), 0.0, estimate - clean)
+        return model_pred - gates * weight * pull
+
+
 class ControlledUNet(nn.Module):
     """A frozen UNet plus a branch that adds residuals to its skip connections and middle block.
 
@@ -57,11 +98,18 @@ class ControlledUNet(nn.Module):
         unet: Frozen here.
         branch: From `control_branch`.
         num_train_timesteps: Of the schedule that the UNet was trained with.
+        gate: Uses the conditions' estimate, if there is one.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, branch: ControlNetModel, num_train_timesteps: int = 1000):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        branch: ControlNetModel,
+        num_train_timesteps: int = 1000,
+        gate: EstimateGate | None = None,
+    ):
         super().__init__()
-        self.unet, self.branch = unet.requires_grad_(False), branch
+        self.unet, self.branch, self.gate = unet.requires_grad_(False), branch, gate
         self.num_train_timesteps = num_train_timesteps
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
@@ -77,7 +125,7 @@ class ControlledUNet(nn.Module):
                 conditioning_scale=conditions.strength,
                 return_dict=False,
             )
-        return self.unet(
+        model_pred = self.unet(
             noisy_latents,
             timesteps,
             encoder_hidden_states=conditions.text,
@@ -85,6 +133,9 @@ class ControlledUNet(nn.Module):
             mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
+        if self.gate is None or conditions.estimate is None:
+            return model_pred
+        return self.gate(model_pred, noisy_latents, timesteps, conditions.estimate)
 
 
 def unconditional(unet: UNet2DConditionModel, text: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:

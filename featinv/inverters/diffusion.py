@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from featinv.conditioning.dropout import ConditionDropout
-from featinv.diffusion.controlled_unet import Conditions, ControlledUNet, control_branch
+from featinv.diffusion.controlled_unet import Conditions, ControlledUNet, EstimateGate, control_branch
 from featinv.diffusion.guidance import Guidance, NoGuidance
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
@@ -30,6 +30,7 @@ class DiffusionInverter(nn.Module):
         snr_gamma: Min-SNR gamma, None for the plain loss.
         regression_weight: Weight of the encoder's own latent regression loss (0 leaves it out).
         strength: Factor on the branch's residuals when sampling.
+        gated: Whether predictions are pulled towards the encoder's regression estimate (`EstimateGate`).
     """
 
     def __init__(
@@ -43,13 +44,15 @@ class DiffusionInverter(nn.Module):
         snr_gamma: float | None = None,
         regression_weight: float = 0.5,
         strength: float = 1.0,
+        gated: bool = True,
     ):
         super().__init__()
         self.prior, self.size = prior.freeze(), prior.size
         self.encoder = encoder
         self.branch = control_branch(prior.unet)
         # Shares the prior's UNet and the branch; kept out of the module tree so that nothing is saved twice.
-        self._unet = [ControlledUNet(prior.unet, self.branch, prior.scheduler.config.num_train_timesteps)]
+        self.gate = EstimateGate(prior.scheduler, prior.latent_shape[0]) if gated else None
+        self._unet = [ControlledUNet(prior.unet, self.branch, prior.scheduler.config.num_train_timesteps, self.gate)]
         self._unet[0].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         channels = prior.unet.config.block_out_channels[0]
         self.null_embedding = nn.Parameter(torch.zeros(1, channels, 1, 1))
@@ -78,13 +81,14 @@ class DiffusionInverter(nn.Module):
 
     def conditions(self, features: Tensor) -> Conditions:
         """Embed features (N, C, H, W) once per image."""
-        embedding, _ = self.encoder(features)
+        embedding, estimate = self.encoder(features)
         n = len(features)
         return Conditions(
             embedding,
             self.null_embedding.expand_as(embedding),
             self.prior.encoder_hidden_states(n),
             self.prior.text["null"].expand(n, -1, -1),
+            estimate,
             self.strength,
         )
 
@@ -169,7 +173,9 @@ class DiffusionInverter(nn.Module):
         mask = no_features.to(embedding.device)[:, None, None, None]
         embedding = torch.where(mask, self.null_embedding.to(embedding.dtype), embedding)
         text = self.prior.encoder_hidden_states(len(latents), no_text)
-        conditions = Conditions(embedding, None, text, text)
+        # Rows whose features are dropped have no estimate either: NaN tells the gate.
+        told = None if regressed is None else torch.where(mask, torch.nan, regressed.detach())
+        conditions = Conditions(embedding, None, text, text, told)
 
         def denoiser(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
             return self.unet(noisy_latents, timesteps, conditions)
