@@ -61,7 +61,7 @@ def test_pooled_encoder_cannot_tell_positions_and_the_spatial_one_can() -> None:
 
 
 def test_an_unfitted_head_adds_nothing_to_the_linear_estimate() -> None:
-    encoder = SpatialEncoder(SPEC, LATENTS, 16, hidden=16)
+    encoder = SpatialEncoder(SPEC, LATENTS, 16, hidden=16, linear=True)
     features, latents = torch.randn(40, 12, 4, 4), torch.randn(40, *LATENTS)
     encoder.fit(features, latents)
     with torch.no_grad():
