@@ -118,7 +118,7 @@ class RidgeEstimate(nn.Module):
 class SpatialEncoder(nn.Module):
     """Whitened features -> mixing at their own resolution -> the latent grid -> the embedding.
 
-    Beside the embedding it estimates the clean latents: a small head on the trunk, trained with a plain regression loss,
+    Beside the embedding it estimates the clean latents: a small head on the trunk, trained with a regression loss,
     if wanted on top of a closed-form linear estimate. So the branch is told early roughly where to go, long before its
     zero convolutions let a gradient through; the estimate is also the posterior mean that a regression inverter would
     draw.

@@ -68,6 +68,7 @@ class EstimateGate(nn.Module):
 
     # The optimizer moves a parameter by about its learning rate; a gate must cross [0, 1] within some hundred steps.
     SPEED = 10.0
+    alphas: Tensor
 
     def __init__(self, scheduler: DDPMScheduler, channels: int, knots: int = 12):
         super().__init__()
