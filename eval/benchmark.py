@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate, is_node, load_group, nearest
+from featinv.config import CONFIG_ROOT, instantiate, is_node, load_group, nearest, resolve_target
 from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError, exit_on_user_error
@@ -29,8 +29,8 @@ from featinv.report.benchmark import write_benchmark
 
 def untrained_names() -> list[str]:
     """Inverters that need no training, by their file in configs/inverter."""
-    paths = (CONFIG_ROOT / "inverter").glob("*.yaml")
-    return sorted(p.stem for p in paths if "DiffusionInverter" not in str(OmegaConf.load(p).target))
+    names = sorted(path.stem for path in (CONFIG_ROOT / "inverter").glob("*.yaml"))
+    return [n for n in names if not hasattr(resolve_target(load_group("inverter", n).target), "training_losses")]
 
 
 def load_all(names: list[str]) -> dict[str, Trained | None]:

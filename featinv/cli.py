@@ -17,7 +17,7 @@ from featinv.errors import UserError
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A parsed command line: the composed configuration `out=FOLDER`, and the flags that were set."""
+    """A parsed command line: the composed configuration, `out=FOLDER`, and the flags that were set."""
 
     config: DictConfig
     name: str

@@ -87,7 +87,7 @@ class RidgeEstimate(nn.Module):
         c, h, w = latent_shape
         fits = h % grid[0] == 0 and w % grid[1] == 0 and h // grid[0] == w // grid[1]
         self.block = h // grid[0] if fits else 1
-        self.grid, self.channels = (h // self.block, w // self.block), channels
+        self.grid = (h // self.block, w // self.block)
         self.register_buffer("weight", torch.zeros(c * self.block**2, 9 * channels + 1))
 
     def _columns(self, whitened: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ class Benchmark:
         longest = max(made.values(), key=lambda m: len(m.ids))
         originals = longest.originals()
         floor = self._floor(originals)
-        ceiling, round_trip = self._ceiling(originals)
+        ceiling = self._ceiling(originals)
         span = (floor["cosine"]["value"] or 0.0, (ceiling["cosine"]["value"] or 0.0) if ceiling else 1.0)
         pictures = {name: m.samples(0) for name, m in made.items()}
         rows = {name: self.figures(originals[: len(p)], p, span) for name, p in pictures.items()}
@@ -201,15 +202,15 @@ class Benchmark:
     def _factors(self, pictures: Tensor) -> Figures:
         if self.probe is None or self.truth is None:
             return {}
-        columns = self._true_factors()[: len(pictures)]
+        columns = self._true_factors[: len(pictures)]
         scores = self.probe.score(self._probe_input(pictures), columns, seed=self.seed)
         return {f"factor_{name}": value for name, value in scores.items()}
 
+    @cached_property
     def _true_factors(self) -> Tensor:
-        if not hasattr(self, "_factor_table"):
-            rows = [self.items[i]["factors"] for i in range(len(self.items))]
-            self._factor_table = torch.stack(rows)[:, [spec_column(spec.name) for spec in self.truth.schema]]  # type: ignore[union-attr]
-        return self._factor_table
+        assert self.truth is not None
+        rows = [self.items[i]["factors"] for i in range(len(self.items))]
+        return torch.stack(rows)[:, [spec_column(spec.name) for spec in self.truth.schema]]
 
     def _floor(self, originals: Tensor) -> Figures:
         values = evaluate_floor(
@@ -217,9 +218,9 @@ class Benchmark:
         )
         return {name: bootstrap_mean(value, seed=self.seed) for name, value in values.items()}
 
-    def _ceiling(self, originals: Tensor) -> tuple[Figures, Tensor | None]:
+    def _ceiling(self, originals: Tensor) -> Figures:
         if self.first_stage is None:
-            return {}, None
+            return {}
         again = _round_trip(self.first_stage, originals)
         evaluated = self._paired(originals, again)
         figures = summarise(
@@ -228,7 +229,7 @@ class Benchmark:
             evaluated.embeddings_fake,
             distribution_resamples=self.distribution_resamples,
         )
-        return figures | self._factors(again), again
+        return figures | self._factors(again)
 
     def _meta(self, originals: Tensor) -> dict[str, Any]:
         spec = self.backbone.spec
