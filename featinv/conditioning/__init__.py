@@ -1,1 +1,1 @@
-"""Features to conditions: embeddings on the latent grid, and their dropout in training."""
+"""Features to conditions: embeddings on the latent grid, and their dropout and masks in training."""

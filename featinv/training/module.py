@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
+from featinv.conditioning.masking import FeatureMasking, mean_feature
 from featinv.errors import UserError
+from featinv.files import save_safetensors
 from featinv.image import seeded_noise
 from featinv.inverters.base import TrainableInverter
 from featinv.training.consistency import Consistency
@@ -36,7 +39,10 @@ class InversionModule(pl.LightningModule):
         ema_decay: Largest decay of the weight average; 0 switches it off.
         feature_noise: Standard deviation of noise on the features, in units of each map's own (RAE, arXiv 2510.11690:
             tolerates edited features).
+        mask_positions: Probability that a map loses positions (`FeatureMasking`); 0 masks none.
+        mask_channels: Probability that a map loses channels.
         consistency: A term of `featinv.training.consistency`, or None.
+        consistency_from: The optimizer step from which it counts: before the pictures are about right, it only costs.
         max_grad_norm: Gradient clipping.
         seed: Of noise, timesteps and dropout.
         described: Written into every checkpoint, so that it can be loaded as an inverter (`featinv.inverters.build`).
@@ -52,7 +58,10 @@ class InversionModule(pl.LightningModule):
         weight_decay: float = 1e-2,
         ema_decay: float = 0.999,
         feature_noise: float = 0.0,
+        mask_positions: float = 0.0,
+        mask_channels: float = 0.0,
         consistency: Consistency | None = None,
+        consistency_from: int = 0,
         max_grad_norm: float = 1.0,
         seed: int = 0,
         described: dict[str, Any] | None = None,
@@ -62,7 +71,9 @@ class InversionModule(pl.LightningModule):
         self._backbone = [backbone]  # outside the module tree: never saved, never trained
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
-        self.feature_noise, self.consistency = feature_noise, consistency
+        self.feature_noise = feature_noise
+        self.consistency, self.consistency_from = consistency, consistency_from
+        self.masking = FeatureMasking(mask_positions, mask_channels)
         trained = {k: p for k, p in inverter.named_parameters() if p.requires_grad and not k.startswith("prior.")}
         if not trained:
             raise UserError(f"{type(inverter).__name__} has nothing to train.")
@@ -82,10 +93,10 @@ class InversionModule(pl.LightningModule):
         features = self.features_of(batch)
         seeds = self._row_seeds(batch_idx, len(features))
         losses = self.inverter.training_losses(
-            batch.get("image"), self._noised(features, seeds), seeds=seeds, latents=batch.get("latents")
+            batch.get("image"), self._given(features, seeds), seeds=seeds, latents=batch.get("latents")
         )
         loss = losses["loss"]
-        if self.consistency is not None:
+        if self.consistency is not None and self.global_step >= self.consistency_from:
             distance = self.consistency(self.inverter, self.backbone, losses, features, seeds)
             loss = loss + self.consistency.weight * distance
             self.log("train/consistency", distance.detach())
@@ -93,11 +104,18 @@ class InversionModule(pl.LightningModule):
         self.log_dict(scalars, prog_bar=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not math.isfinite(float(loss.detach())):
-            raise UserError(
-                f"the loss is {float(loss.detach())} at step {self.global_step}; lower learning_rate "
-                f"(now {self.learning_rate}) and start again from the last checkpoint."
-            )
+            self._stop(batch, features, seeds, float(loss.detach()))
         return loss
+
+    def _stop(self, batch: dict[str, Any], features: Tensor, seeds: list[int], loss: float) -> None:
+        """End the run at a loss that is not finite, and keep the batch that made it."""
+        path = Path(self.trainer.default_root_dir) / f"nonfinite_{self.global_step:07d}.safetensors"
+        tensors = {k: v for k, v in batch.items() if k in ("image", "latents")}
+        save_safetensors(path, tensors | {"features": features, "seeds": torch.tensor(seeds)})
+        raise UserError(
+            f"the loss is {loss} at step {self.global_step}; its batch is in {path}. Lower learning_rate "
+            f"(now {self.learning_rate}) and start again from the last checkpoint."
+        )
 
     def _row_seeds(self, batch_idx: int, rows: int) -> list[int]:
         """Seeds of this process's rows; the batch as a whole has the same ones on any number of processes."""
@@ -114,6 +132,11 @@ class InversionModule(pl.LightningModule):
             return batch["features"].float()
         with torch.no_grad():
             return self.backbone(batch["image"]).float()
+
+    def _given(self, features: Tensor, seeds: list[int]) -> Tensor:
+        """What the inverter is told: noised, then masked, so that a masked value is the mean feature itself."""
+        mean = mean_feature(self.inverter, features.shape[1])
+        return self.masking(self._noised(features, seeds), mean, seeds)
 
     def _noised(self, features: Tensor, seeds: list[int]) -> Tensor:
         if not self.feature_noise:
