@@ -14,27 +14,27 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from featinv.cli import parse_command_line
 from featinv.config import instantiate
 from featinv.errors import exit_on_user_error
-from featinv.files import write_text
 from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
 from featinv.training.module import InversionModule
 from featinv.training.probe import FeatureProbe
-from featinv.training.rows import held_out_images, prepare, training_rows
+from featinv.training.rows import held_out_images, keep_config, prepare, training_rows
 from featinv.training.runner import fit
 from featinv.training.summary import describe
 
 
-def train(config: DictConfig, out: Path, dry_run: bool = False) -> None:
+def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = False) -> None:
     """Train the inverter that a configuration describes.
 
     Args:
         config: See configs/experiment.
         out: The run's folder.
         dry_run: Build everything, print its parts and sizes, and stop.
+        changed: Go on with a run that was begun with another configuration.
     """
     settings = config.training
     pl.seed_everything(settings.seed, verbose=False)
@@ -52,7 +52,7 @@ def train(config: DictConfig, out: Path, dry_run: bool = False) -> None:
     print(describe(config, module))
     if dry_run:
         return
-    write_text(out / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    keep_config(config, out, changed)
     dataset, probe_images = training_rows(config, module, out), held_out_images(config, settings.probe_images)
     prepare(module, dataset, settings.prepare_images, out)
     probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)
@@ -87,9 +87,12 @@ def train(config: DictConfig, out: Path, dry_run: bool = False) -> None:
 @exit_on_user_error
 def main() -> None:
     """Read the command line, train."""
-    flags = {"dry-run": "build everything, print parts and sizes, and stop"}
+    flags = {
+        "dry-run": "build everything, print parts and sizes, and stop",
+        "changed": "go on with a run that was begun with other settings",
+    }
     command = parse_command_line(__doc__ or "", "scenes64", flags)
-    train(command.config, command.out or Path("runs") / command.name, "dry-run" in command.flags)
+    train(command.config, command.out or Path("runs") / command.name, *(flag in command.flags for flag in flags))
 
 
 if __name__ == "__main__":

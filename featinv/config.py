@@ -108,6 +108,14 @@ def _override(config: DictConfig, key: str, value: str) -> None:
         raise UserError(f"cannot set {key}={value}: {error}") from error
 
 
+def differences(before: DictConfig, now: DictConfig) -> list[str]:
+    """Leaves in which two configurations differ, as "key: before -> now"."""
+    missing = "(absent)"
+    keys = dict.fromkeys([*all_keys(before), *all_keys(now)])
+    pairs = {key: [OmegaConf.select(c, key, default=missing) for c in (before, now)] for key in keys}
+    return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
+
+
 def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
     """Dotted names of all leaves."""
     keys: list[str] = []

@@ -1,14 +1,17 @@
 import pytest
 import torch
 from conftest import tiny_prior
+from omegaconf import OmegaConf
 
 from featinv.conditioning.encoders import SpatialEncoder
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
+from featinv.files import load_safetensors
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.cache import build_cache
 from featinv.training.consistency import EstimateConsistency, SampleConsistency
 from featinv.training.module import InversionModule
+from featinv.training.rows import keep_config
 from featinv.training.runner import fit, last_checkpoint
 
 
@@ -83,6 +86,22 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, backbone, cache) ->
         module.inverter.encoder.latents_head.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="the loss is nan at step 0"):
         fit(module, cache, tmp_path / "run", max_steps=2, batch_size=4, progress=False, precision="fp32")
+    (kept,) = (tmp_path / "run").glob("nonfinite_*.safetensors")
+    tensors, _ = load_safetensors(kept)
+    assert len(tensors["features"]) == len(tensors["latents"]) == len(tensors["seeds"]) == 4
+
+
+def test_a_run_goes_on_with_the_configuration_it_began_with(tmp_path, backbone, cache) -> None:
+    config = OmegaConf.create({"prior": "a", "training": {"max_steps": 2, "num_workers": 0}})
+    keep_config(config, tmp_path)
+    keep_config(OmegaConf.merge(config, {"prior": "b"}), tmp_path)  # nothing is trained yet
+    fit(_module(backbone, 2), cache, tmp_path, max_steps=2, batch_size=4, progress=False, precision="fp32")
+    keep_config(OmegaConf.merge(config, {"prior": "b", "training": {"num_workers": 3}}), tmp_path)
+    other = OmegaConf.merge(config, {"prior": "c", "more": 1})
+    with pytest.raises(UserError, match=r"prior: b -> c; more: \(absent\) -> 1"):
+        keep_config(other, tmp_path)
+    keep_config(other, tmp_path, changed=True)
+    assert OmegaConf.load(tmp_path / "config.yaml").prior == "c"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from featinv.config import instantiate
+from featinv.config import differences, instantiate
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
+from featinv.files import write_text
 from featinv.inverters.build import first_stage_fingerprint
 from featinv.training.batches import BatchedRows
 from featinv.training.cache import build_cache
@@ -21,6 +22,33 @@ from featinv.training.module import InversionModule
 from featinv.training.runner import last_checkpoint
 
 log = logging.getLogger(__name__)
+FREE = ("num_workers", "checkpoint_every", "probe_every", "probe_images", "cache_root", "devices", "accelerator")
+"""Settings under `training` that may differ between a run and its continuation: the weights do not depend on them."""
+
+
+def keep_config(config: DictConfig, folder: Path, changed: bool = False) -> None:
+    """Write `folder`/config.yaml; a run that has begun must go on with the configuration it began with.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's folder.
+        changed: Go on although the configuration has changed.
+
+    Raises:
+        UserError: If it has changed and `changed` is not set; the differences are listed.
+    """
+    path = folder / "config.yaml"
+    if path.is_file() and last_checkpoint(folder) is not None:
+        free = {f"training.{name}" for name in FREE}
+        changes = [x for x in differences(OmegaConf.load(path), config) if x.partition(":")[0] not in free]  # type: ignore[arg-type]
+        if changes and not changed:
+            raise UserError(
+                f"the run in {folder} was begun with other settings ({'; '.join(changes)}); choose another out=FOLDER, "
+                "or go on with --changed."
+            )
+        for change in changes:
+            log.warning("going on with a changed setting: %s", change)
+    write_text(path, OmegaConf.to_yaml(config, resolve=True))
 
 
 def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> Dataset[dict[str, Any]]:

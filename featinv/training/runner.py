@@ -138,6 +138,7 @@ def fit(
         trainer = pl.Trainer(
             max_steps=max_steps,
             max_epochs=-1,
+            default_root_dir=folder,
             devices=devices,
             strategy=strategy,
             accelerator=accelerator,
