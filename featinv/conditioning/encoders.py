@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,12 +64,34 @@ class Whitening(nn.Module):
 class _Residual(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(16, channels)
+        self.norm = nn.GroupNorm(math.gcd(16, channels), channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+
+
+class _Resize(nn.Module):
+    """Bilinear resize, convolution to another width, one residual block."""
+
+    def __init__(self, grid: tuple[int, int], channels_in: int, channels_out: int):
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.block = _Residual(channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.conv(F.interpolate(x, self.grid, mode="bilinear", align_corners=False)))
+
+
+def _grids(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    """Grids on the way from `start` (exclusive) to `end`, doubling as long as that stays below half of `end`."""
+    grids = []
+    while start[0] * 4 <= end[0] and start[1] * 4 <= end[1]:
+        start = (start[0] * 2, start[1] * 2)
+        grids.append(start)
+    return [*grids, end]
 
 
 class RidgeEstimate(nn.Module):
@@ -116,7 +141,7 @@ class RidgeEstimate(nn.Module):
 
 
 class SpatialEncoder(nn.Module):
-    """Whitened features -> mixing at their own resolution -> the latent grid -> the embedding.
+    """Whitened features -> mixing at their own resolution -> doubled up to the latent grid -> the embedding.
 
     Beside the embedding it estimates the clean latents: a small head on the trunk, trained with a regression loss,
     if wanted on top of a closed-form linear estimate. So the branch is told early roughly where to go, long before its
@@ -128,8 +153,8 @@ class SpatialEncoder(nn.Module):
         latent_shape: (c, h, w) of the latents.
         embedding_channels: Channels of the UNet's first block.
         components: Whitened directions kept.
-        hidden: Width of the trunk.
-        blocks: Residual blocks after the resize to the latent grid (and as many before it).
+        hidden: Width of the trunk; on the latent grid, where it costs most, half of it.
+        blocks: Residual blocks at the features' own resolution; each doubling on the way up has one.
         linear: Whether the closed-form estimate is used. Needs far more images than 9 x components: fitted to a few
             thousand it is better on them than on new ones, and what is trained on top learns to trust it too much.
     """
@@ -150,10 +175,13 @@ class SpatialEncoder(nn.Module):
         width = len(self.whitening.projection)
         self.linear = RidgeEstimate(width, (spec.height, spec.width), latent_shape) if linear else None
         self.mix = nn.Sequential(nn.Conv2d(width, hidden, 3, padding=1), *(_Residual(hidden) for _ in range(blocks)))
-        self.refine = nn.Sequential(*(_Residual(hidden) for _ in range(blocks)), nn.GroupNorm(16, hidden), nn.SiLU())
-        self.latents_head = nn.Conv2d(hidden, latent_shape[0], 3, padding=1)
+        grids, fine = _grids((spec.height, spec.width), (latent_shape[1], latent_shape[2])), hidden // 2
+        widths = [hidden] * len(grids) + [fine]
+        resizes = (_Resize(grid, *pair) for grid, pair in zip(grids, pairwise(widths), strict=True))
+        self.refine = nn.Sequential(*resizes, nn.GroupNorm(math.gcd(16, fine), fine), nn.SiLU())
+        self.latents_head = nn.Conv2d(fine, latent_shape[0], 3, padding=1)
         nn.init.zeros_(self.latents_head.weight)
-        self.embedding_head = nn.Conv2d(hidden + latent_shape[0], embedding_channels, 3, padding=1)
+        self.embedding_head = nn.Conv2d(fine + latent_shape[0], embedding_channels, 3, padding=1)
 
     def _whitened(self, features: Tensor) -> Tensor:
         _check(features, self.spec)
@@ -169,8 +197,7 @@ class SpatialEncoder(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embedding (N, C0, h, w) and the regression estimate of the latents (N, c, h, w)."""
         whitened = self._whitened(features)
-        mixed = F.interpolate(self.mix(whitened), self.latent_shape[1:], mode="bilinear", align_corners=False)
-        trunk = self.refine(mixed)
+        trunk = self.refine(self.mix(whitened))
         latents = self.latents_head(trunk)
         if self.linear is not None:
             latents = latents + self.linear(whitened)
