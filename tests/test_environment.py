@@ -33,6 +33,7 @@ def test_every_third_party_import_is_required() -> None:
         "pytorch_lightning": "pytorch-lightning",
         "PIL": "pillow",
         "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
         "open_clip": "open_clip_torch",
     }
     required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
