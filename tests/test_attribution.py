@@ -387,6 +387,7 @@ def test_dead_channels_are_found_and_counted(rectify: bool) -> None:
     assert (found.images, found.positions, found.rectified) == (7, 7 * 64, rectify)
     assert found.dead[2] and not found.dead[4] and 0 < found.image_share[4] < 1 and found.position_share[4] < 0.2
     assert found.dead_count == int(found.dead.sum())
+    assert torch.equal(found.inactive_units, active.sum(0) == 0)
     if not rectify:
         assert found.dead_count == 1
     with pytest.raises(UserError, match="at least one image"):
@@ -415,5 +416,7 @@ def test_leak_check_is_one_on_copies_and_about_chance_on_strangers(cnn: Backbone
     assert leak_check(same, same, cnn, candidates=3).top1 == pytest.approx(1 / 3)
     with pytest.raises(UserError, match="between 2 and"):
         leak_check(originals, originals, cnn, candidates=61)
-    with pytest.raises(UserError, match="as many"):
-        leak_check(originals, originals[:3], cnn)
+    few = leak_check(originals, originals[:3], cnn)  # the other 57 are candidates only
+    assert few.hits.tolist() == [1.0, 1.0, 1.0] and few.candidates == 60
+    with pytest.raises(UserError, match="at least as many"):
+        leak_check(originals[:3], originals, cnn)

@@ -27,6 +27,7 @@ class ChannelActivity:
         std: (C,) float64, over all positions.
         rectified: Whether no value of any channel was below 0.
         constant: (C,) bool, a spread over all positions that is no more than rounding.
+        unit_images: (C, H, W) images in which the unit, a channel at one position, is above the threshold.
     """
 
     layer: str
@@ -38,6 +39,7 @@ class ChannelActivity:
     std: Tensor
     rectified: bool
     constant: Tensor
+    unit_images: Tensor
 
     @property
     def dead(self) -> Tensor:
@@ -48,6 +50,11 @@ class ChannelActivity:
     def dead_count(self) -> int:
         """Number of dead channels."""
         return int(self.dead.sum())
+
+    @property
+    def inactive_units(self) -> Tensor:
+        """(C, H, W) bool: units, channels at one position, that were above the threshold in no image."""
+        return self.unit_images == 0
 
     @property
     def image_share(self) -> Tensor:
@@ -79,11 +86,14 @@ def dead_channels(
     low = float("inf")
     channels = backbone.spec.channels
     seen_images, seen_positions = (torch.zeros(channels, dtype=torch.int64) for _ in range(2))
+    unit_images = torch.zeros(channels, backbone.spec.height, backbone.spec.width, dtype=torch.int64)
     mean, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
     for batch in batches:
         if not len(batch):
             continue
-        values = backbone(batch.to(backbone.mean.device)).transpose(0, 1).flatten(2).cpu().double()  # (C, N, H * W)
+        features = backbone(batch.to(backbone.mean.device)).cpu()
+        unit_images += (features > threshold).sum(0)
+        values = features.transpose(0, 1).flatten(2).double()  # (C, N, H * W)
         active = values > threshold
         seen_images += active.any(2).sum(1)
         seen_positions += active.sum((1, 2))
@@ -108,6 +118,7 @@ def dead_channels(
         std=variance.sqrt(),
         rectified=low >= 0,
         constant=variance.sqrt() <= tolerance * scale,
+        unit_images=unit_images,
     )
 
 
@@ -173,24 +184,25 @@ def leak_check(
     Nearness is the cosine of the referee's feature maps averaged over positions.
 
     Args:
-        originals: (N, 3, H, W) in [0, 1].
-        reconstructions: (N, 3, H', W') in [0, 1], row i from original i.
+        originals: (M, 3, H, W) in [0, 1].
+        reconstructions: (N, 3, H', W') in [0, 1], N <= M, row i from original i; further originals are
+            candidates only.
         referee: A network that took no part in the reconstruction.
-        candidates: Originals to choose among, the own one and others drawn by `seed`; None takes all N.
+        candidates: Originals to choose among, the own one and others drawn by `seed`; None takes all M.
         seed: Of the draw.
         batch_size: Images evaluated at a time (memory).
 
     Raises:
-        UserError: If the numbers of images differ, or candidates is not in 2..N.
+        UserError: If there are fewer originals than reconstructions, or candidates is not in 2..M.
     """
-    count = len(originals)
-    if len(reconstructions) != count:
-        raise UserError(f"{count} originals need as many reconstructions, not {len(reconstructions)}.")
+    rows, count = len(reconstructions), len(originals)
+    if not 1 <= rows <= count:
+        raise UserError(f"{rows} reconstructions need at least as many originals (and one at least), not {count}.")
     candidates = count if candidates is None else candidates
     if not 2 <= candidates <= count:
         raise UserError(f"candidates must lie between 2 and the number of originals, {count}; it is {candidates}.")
     cosine = _pooled(referee, reconstructions, batch_size) @ _pooled(referee, originals, batch_size).T
-    order = torch.rand(count, count, generator=torch.Generator().manual_seed(seed)).fill_diagonal_(-1)
+    order = torch.rand(rows, count, generator=torch.Generator().manual_seed(seed)).fill_diagonal_(-1)
     compared = cosine.gather(1, order.argsort(1)[:, :candidates])  # the own original first
     best = compared == compared.amax(1, keepdim=True)
     return LeakCheck(best[:, 0].double() / best.sum(1).clamp(min=1), candidates)

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from featinv.backbones.base import Backbone
+from featinv.diffusion.objective_guidance import Objective
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.image import seeded_noise
 from featinv.inverters.parametrisations import parametrise, shaken
 from featinv.inverters.regularisers import Regulariser
-
-Objective = Callable[[Tensor], Tensor]
-"""Images (N, 3, H, W) -> a score (N,) to be raised."""
 
 
 def _check_channel(backbone: Backbone, channel: int) -> None:

@@ -1,0 +1,110 @@
+"""Guidance by any differentiable score of a picture: the frozen prior draws, the objective decides what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from featinv.diffusion.controlled_unet import Conditions, ControlledUNet
+from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.guidance import Guidance, NoGuidance
+from featinv.errors import UserError
+
+Objective = Callable[[Tensor], Tensor]
+"""Images (N, 3, H, W) in [0, 1] -> a score (N,) to be raised."""
+
+
+class ObjectiveGuidance:
+    """Move each step's estimate of the clean latents uphill on an objective of the decoded picture.
+
+    delta = strength * g / rms(g), where g is the gradient of the objective through the first stage at the one-step
+    estimate (the "mean guidance" of training-free guidance, Ye et al. 2024, arXiv 2409.15761, section 3.2; the
+    network itself is not differentiated, unlike in DPS, arXiv 2209.14687). A constant length in place of the raw
+    gradient is DSG's remedy for steps that leave the manifold (Yang et al. 2024, arXiv 2402.03201). Rows whose gradient
+    is not finite stay as they are and are counted; so do rows without any gradient, uncounted.
+
+    Args:
+        objective: Images -> scores; one row's score must not depend on the others.
+        first_stage: Decodes the estimate; frozen.
+        scheduler: The schedule of the prior, and its kind of prediction.
+        strength: Root mean square of one uphill step, in units of the latents' standard deviation.
+        iterations: Uphill steps at each sampling step.
+        interval: Noise levels where it acts, as fractions of the training timesteps. The least noisy steps are left
+            to the prior, which then mends what the objective has put in against it.
+        base: Guidance whose prediction is moved; None takes the conditional prediction.
+
+    Attributes:
+        skipped: How many gradients of one image were not finite.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        first_stage: FirstStage,
+        scheduler: DDPMScheduler,
+        strength: float = 0.1,
+        iterations: int = 1,
+        interval: Sequence[float] = (0.0, 1.0),
+        base: Guidance | None = None,
+    ):
+        if strength < 0 or iterations < 1:
+            raise UserError(f"guidance needs strength >= 0 and iterations >= 1, not {strength} and {iterations}.")
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise UserError(f"the guidance interval {list(interval)} must be two rising numbers in [0, 1].")
+        self.objective, self.first_stage, self.scheduler = objective, first_stage, scheduler
+        self.strength, self.iterations, self.interval = strength, iterations, tuple(interval)
+        self.base: Guidance = base or NoGuidance()
+        self.skipped = 0
+
+    def denoise(self, unet: ControlledUNet, noisy_latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """Return the guided model_pred (N, C, h, w): the contract of `Guidance`."""
+        model_pred = self.base.denoise(unet, noisy_latents, timestep, conditions)
+        return self.shift(model_pred, noisy_latents, timestep)
+
+    def shift(self, model_pred: Tensor, noisy_latents: Tensor, timestep: Tensor) -> Tensor:
+        """Change a prediction (N, C, h, w) so that its estimate of the clean latents moves uphill.
+
+        From x0 = sqrt(a) x_t - sqrt(1 - a) v, a shift of x0 by delta changes v by -delta / sqrt(1 - a); from
+        x0 = (x_t - sqrt(1 - a) eps) / sqrt(a) it changes eps by -delta sqrt(a) / sqrt(1 - a).
+
+        Args:
+            model_pred: Predicted velocity or noise.
+            noisy_latents: x_t (N, C, h, w).
+            timestep: () or (1,), the same for all rows.
+        """
+        step = int(timestep.flatten()[0])
+        level = step / self.scheduler.config.num_train_timesteps
+        if not self.strength or not self.interval[0] <= level <= self.interval[1]:
+            return model_pred
+        alpha = float(self.scheduler.alphas_cumprod[step])
+        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        clean = (
+            signal * noisy_latents - noise * model_pred if velocity else (noisy_latents - noise * model_pred) / signal
+        )
+        delta = self._uphill(clean) - clean
+        return model_pred - delta * ((1 if velocity else signal) / noise)
+
+    def _uphill(self, clean: Tensor) -> Tensor:
+        for _ in range(self.iterations):
+            gradient = self._gradient(clean)
+            finite = gradient.flatten(1).isfinite().all(1)
+            self.skipped += int((~finite).sum())
+            gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
+            size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+            clean = clean + self.strength * gradient / size.clamp(min=1e-30)
+        return clean
+
+    def _gradient(self, clean: Tensor) -> Tensor:
+        with torch.enable_grad():
+            latents = clean.detach().clone().requires_grad_(True)
+            # Not clamped while differentiating: a pixel out of range must be able to come back.
+            images = self.first_stage.decode(latents, clamp=False)
+            (gradient,) = torch.autograd.grad(self.objective(images).sum(), latents)
+        return gradient
