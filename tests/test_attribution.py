@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from captum.attr import GuidedBackprop, InputXGradient, IntegratedGradients, LayerGradCam, NoiseTunnel, Saliency
 from torch import Tensor, nn
 
-from featinv.attribution.adversarial import accuracy, fgsm, pgd, predict, transfer_table
+from featinv.attribution.adversarial import fgsm, pgd
 from featinv.attribution.diagnostics import blank_reconstructions, dead_channels, leak_check
 from featinv.attribution.saliency import SALIENCY, grad_cam, gradient, guided_backprop, overlay, smooth_grad, to_map
+from featinv.attribution.transfer import accuracy, predict, transfer_table
 from featinv.backbones import Backbone, load_backbone
 from featinv.errors import UserError
 
@@ -350,10 +351,15 @@ def test_transfer_table_counts_by_hand() -> None:
     labels = predict(one, images)
     attacked = {"one": pgd(one, images, labels, 0.2), "none": images}
     table = transfer_table(attacked, labels, {"one": one, "two": two}, originals=images, batch_size=3)
-    assert table["none"]["one"] == {"n": 10.0, "right": 1.0, "changed": 0.0} and accuracy(one, images, labels) == 1.0
+    unchanged = {"n": 10.0, "right": 1.0, "changed": 0.0, "n_right": 10.0, "flipped": 0.0}
+    assert table["none"]["one"] == unchanged and accuracy(one, images, labels) == 1.0
     assert table["one"]["one"]["right"] == 0.0 and table["one"]["one"]["changed"] == 1.0
     changed = (two.logits(attacked["one"]).argmax(1) != two.logits(images).argmax(1)).double().mean()
     assert table["one"]["two"]["changed"] == pytest.approx(float(changed))
+    was_right = two.logits(images).argmax(1) == labels
+    flipped = two.logits(attacked["one"]).argmax(1)[was_right] != labels[was_right]
+    assert table["one"]["two"]["flipped"] == pytest.approx(float(flipped.double().mean()), nan_ok=True)
+    assert table["one"]["two"]["n_right"] == int(was_right.sum())
     assert table["one"]["two"]["right"] == pytest.approx(accuracy(two, attacked["one"], labels))
     assert "changed" not in transfer_table(attacked, labels, {"one": one})["one"]["one"]
     with pytest.raises(UserError, match="one: 10 images with 9 labels"):

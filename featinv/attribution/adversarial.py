@@ -1,4 +1,4 @@
-"""Adversarial examples, and whether one network's fool another."""
+"""Adversarial examples: one signed step, and projected gradient descent in two norms."""
 
 from __future__ import annotations
 
@@ -144,69 +144,3 @@ def pgd(
         # Cutting to [0, 1] last brings a point nearer to its original, so it stays in the ball.
         attacked = (originals + project(moved, eps)).clamp(0, 1)
     return attacked
-
-
-@torch.no_grad()
-def predict(backbone: Backbone, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Predicted classes (N,) of images (N, 3, H, W) in [0, 1], on the CPU."""
-    device = backbone.mean.device
-    parts = [backbone.logits(batch.to(device)).argmax(1).cpu() for batch in images.split(batch_size)]
-    return torch.cat(parts)
-
-
-def accuracy(backbone: Backbone, images: Tensor, labels: Tensor, batch_size: int = 64) -> float:
-    """Share of images whose predicted class is their label.
-
-    Args:
-        backbone: A backbone with a classifier.
-        images: (N, 3, H, W) in [0, 1].
-        labels: True classes (N,).
-        batch_size: Images evaluated at a time (memory).
-
-    Raises:
-        UserError: If there are no images, or not one label for each.
-    """
-    _check_labels(images, labels, "images")
-    return float((predict(backbone, images, batch_size) == labels.cpu()).double().mean())
-
-
-def _check_labels(images: Tensor, labels: Tensor, name: str) -> None:
-    if not len(images) or labels.shape != (len(images),):
-        raise UserError(f"{name}: {len(images)} images with {labels.numel()} labels; give one label for each image.")
-
-
-def transfer_table(
-    attacked: dict[str, Tensor],
-    labels: Tensor,
-    backbones: dict[str, Backbone],
-    originals: Tensor | None = None,
-    batch_size: int = 64,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """How adversarial examples made for one network act on others (Szegedy et al. 2014, arXiv 1312.6199).
-
-    Args:
-        attacked: Name of the source, such as the attacked network -> its images (N, 3, H, W) in [0, 1].
-        labels: True classes (N,).
-        backbones: Name -> judge.
-        originals: The images before the attack (N, 3, H, W); None leaves out "changed".
-        batch_size: Images evaluated at a time (memory).
-
-    Returns:
-        table[source][judge] = {"n": number of images, "right": share whose predicted class is the label, "changed":
-        share whose predicted class is not the one of the original}.
-
-    Raises:
-        UserError: If the numbers of images and labels differ.
-    """
-    for name, images in {**attacked, **({} if originals is None else {"originals": originals})}.items():
-        _check_labels(images, labels, name)
-    table: dict[str, dict[str, dict[str, float]]] = {source: {} for source in attacked}
-    for judge, backbone in backbones.items():
-        before = None if originals is None else predict(backbone, originals, batch_size)
-        for source, images in attacked.items():
-            after = predict(backbone, images, batch_size)
-            cell = {"n": float(len(after)), "right": float((after == labels.cpu()).double().mean())}
-            if before is not None:
-                cell["changed"] = float((after != before).double().mean())
-            table[source][judge] = cell
-    return table

@@ -1,0 +1,206 @@
+"""The classic systems on a user's pictures: what each shows, in figures and on one page.
+
+python -m eval.classic                                   photographs that come with scikit-image, and rendered scenes
+python -m eval.classic images=val-000.tar labelled=true out=runs/classic
+python -m eval.classic parts=[layers] layers.n=4 layers.steps=200
+python -m eval.classic parts=[table] table.inverters=[runs/upconv,runs/branch]
+
+Writes classic.json, one PNG a study, and report.html. Parts that were made before and are not asked for again are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import Subset
+
+from eval.classic_studies import (
+    Study,
+    WithBar,
+    seconds_per_image,
+    study_activity,
+    study_attacks,
+    study_grad_cam,
+    study_layers,
+    study_maximisation,
+)
+from featinv import evaluate
+from featinv.attribution.transfer import predict
+from featinv.backbones import load_backbone
+from featinv.cli import parse_command_line
+from featinv.config import CONFIG_ROOT, instantiate, nearest
+from featinv.data import load_dataset
+from featinv.data.folders import pictures
+from featinv.data.transforms import EvalTransform
+from featinv.diffusion.prior import DiffusionPrior, load_prior
+from featinv.errors import UserError, exit_on_user_error
+from featinv.files import write_json
+from featinv.image import make_grid, save_png
+from featinv.inverters.build import check_spec, load_trained
+from featinv.inverters.optimisation import OptimizationInverter
+from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
+
+
+def chosen_images(config: DictConfig, size: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, size, size) and labels (N,), -1 where unknown, of a path or of scikit-image's own photographs."""
+    path = config.images
+    if path is None:
+        import skimage.data
+
+        raw = [torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1) / 255 for name in PHOTOGRAPHS]
+        return torch.stack([EvalTransform(size)(image) for image in raw]), torch.full((len(raw),), -1)
+    items: Any = pictures(path, size) if Path(path).is_file() and ".tar" not in path else load_dataset(path, size=size)
+    read = [items[int(i)] for i in spread(len(items), config.count or len(items))]
+    return torch.stack([item["image"] for item in read]), torch.tensor([int(item["label"]) for item in read])
+
+
+def spread(count: int, wanted: int) -> Tensor:
+    """Indices of `wanted` of `count` images, evenly over the list, whose order may be by class."""
+    return torch.linspace(0, count - 1, min(wanted, count)).long()
+
+
+def layers(config: DictConfig, out: Path) -> Study:
+    """Optimisation inversion over depth."""
+    part = config.layers
+    images, _ = chosen_images(config, part.size)
+    inverted = spread(len(images), part.n)
+    rest = [i for i in range(len(images)) if i not in set(inverted.tolist())][: max(part.candidates - len(inverted), 0)]
+    backbone = load_backbone(config.backbone, input_size=part.size)
+    referee = load_backbone(config.referee, input_size=part.size)
+    names = list(part.names or backbone.layers)
+    study = study_layers(backbone, referee, images[inverted], images[rest], names, part.steps)
+    layer_figure(out / "layer_curve.png", study.figures)
+    return study
+
+
+def attacks(config: DictConfig, out: Path) -> Study:
+    """Adversarial examples, their transfer, and what is reconstructed from them."""
+    part = config.attacks
+    images, labels = chosen_images(config, part.size)
+    networks = {name: load_backbone(name, input_size=part.size) for name in (config.backbone, config.referee)}
+    if not config.labelled:
+        labels = predict(networks[config.backbone], images)
+    return study_attacks(
+        networks,
+        images,
+        labels,
+        n=part.n,
+        eps=part.eps / 255,
+        l2_eps=part.l2,
+        steps=part.steps,
+        inverted=part.inverted,
+        invert_steps=part.invert_steps,
+    )
+
+
+def grad_cam(config: DictConfig, out: Path) -> Study:
+    """Grad-CAM on scenes whose masks are known."""
+    part = config.grad_cam
+    trained, untrained = (
+        load_backbone(config.backbone, input_size=part.size, **words) for words in ({}, {"pretrained": False})
+    )
+    return study_grad_cam(trained, untrained, part.scenes, part.layer)
+
+
+def activity(config: DictConfig, out: Path) -> Study:
+    """Dead channels and inactive units."""
+    part = config.activity
+    images, _ = chosen_images(config, part.size)
+    backbone = load_backbone(config.backbone, input_size=part.size)
+    study, found = study_activity(backbone, images[spread(len(images), part.n)], backbone.layers)
+    activity_figure(out / "activity.png", found)
+    return study
+
+
+def maximisation(config: DictConfig, out: Path) -> Study:
+    """Activation maximisation with and without the diffusion prior, on rendered scenes and their prior."""
+    from featinv.data.scenes import render_scenes
+
+    part = config.maximisation
+    prior = load_prior(part.prior)
+    backbone = load_backbone(config.backbone, part.layer, input_size=2 * prior.size)
+    images, _, _ = render_scenes(1, range(32), prior.size)
+    return study_maximisation(backbone, prior, images, part.channels, part.steps)
+
+
+def table(config: DictConfig, out: Path) -> Study:
+    """Trained inverters beside the optimiser: one benchmark, and the seconds of each."""
+    part = config.table
+    if not part.inverters:
+        raise UserError("the table needs trained inverters: table.inverters=[runs/a,runs/b].")
+    trained = {Path(name).name: load_trained(name) for name in part.inverters}
+    first = next(iter(trained.values()))
+    backbone, size = first.load_backbone(), first.inverter.size
+    for other in trained.values():
+        check_spec(other.spec, backbone.spec)
+    module = instantiate(first.config.data, where="data")
+    module.setup()
+    items = Subset(module.val, range(min(part.n, len(module.val))))
+    inverters: dict[str, Any] = {name: each.inverter for name, each in trained.items()}
+    inverters["optimisation"] = WithBar(
+        OptimizationInverter(backbone, size, part.steps, batch_size=part.n), "optimisation"
+    )
+    with torch.no_grad():
+        features = backbone(torch.stack([items[i]["image"] for i in range(min(part.timed, len(items)))]))
+    priors = [
+        each.inverter.prior
+        for each in trained.values()
+        if isinstance(getattr(each.inverter, "prior", None), DiffusionPrior)
+    ]
+    figures = evaluate(
+        inverters,
+        backbone,
+        items,
+        out / "table",
+        referee=load_backbone(config.referee, input_size=128),
+        first_stage=priors[0].first_stage if priors else None,
+        size=size,
+    )
+    seconds = {name: seconds_per_image(inverter, features) for name, inverter in inverters.items()}
+    return Study({**figures, "seconds_per_image": seconds})
+
+
+PARTS: dict[str, Callable[[DictConfig, Path], Study]] = {
+    "layers": layers,
+    "attacks": attacks,
+    "grad_cam": grad_cam,
+    "activity": activity,
+    "maximisation": maximisation,
+    "table": table,
+}
+
+
+@exit_on_user_error
+def main() -> None:
+    """Run the parts that are asked for, write figures and page."""
+    command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "classic.yaml"))
+    config, out = command.config, command.out or Path("runs/classic")
+    for name in config.parts:
+        if name not in PARTS:
+            raise UserError(f"unknown part {name!r}: {nearest(name, list(PARTS))}")
+    content = read_classic(out)
+    for name in config.parts:
+        if name == "table" and not config.table.inverters and len(config.parts) > 1:
+            continue  # nothing trained was named; asked for alone, it says so
+        study = PARTS[name](config, out)
+        if study.rows:
+            grid = make_grid(list(study.rows.values()), list(study.rows), scale=2 if name == "maximisation" else 1)
+            save_png(out / f"{name}.png", grid)
+        claims = [{"claim": c.text, "value": c.value, "target": c.target, "met": c.met} for c in study.claims]
+        content[name] = {"figures": study.figures, "claims": claims, "settings": OmegaConf.to_container(config[name])}
+        write_json(out / "classic.json", content)
+        write_classic(out, content)
+        for claim in study.claims:
+            print(f"{'met ' if claim.met else 'MISS'} {claim.text}: {claim.value:.3f} (target {claim.target:.3f})")
+    print(out / "report.html")
+
+
+if __name__ == "__main__":
+    main()
