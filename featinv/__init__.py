@@ -3,6 +3,7 @@
 load_backbone(name, layer)      images -> features
 load_prior(name_or_path)        the frozen latent-diffusion prior
 load_inverter(name_or_path)     features -> images
+import_ldm(checkpoint, config)  the same from a checkpoint of the published code
 load_dataset(name_or_path)      images with labels and ids
 evaluate(inverters, ...)        figures of several inverters on the same images
 """
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from featinv.data import load_dataset
     from featinv.diffusion.prior import load_prior
     from featinv.inverters.build import load_inverter
+    from featinv.inverters.ldm import import_ldm
     from featinv.metrics.benchmark import evaluate
 
-__all__ = ["evaluate", "load_backbone", "load_dataset", "load_inverter", "load_prior"]
+__all__ = ["evaluate", "import_ldm", "load_backbone", "load_dataset", "load_inverter", "load_prior"]
 
 _HOME = {
     "load_backbone": "featinv.backbones",
     "load_dataset": "featinv.data",
     "load_inverter": "featinv.inverters.build",
+    "import_ldm": "featinv.inverters.ldm",
     "load_prior": "featinv.diffusion.prior",
     "evaluate": "featinv.metrics.benchmark",
 }

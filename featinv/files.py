@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -57,6 +59,20 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; make it first.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run again.") from error
+
+
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -83,6 +99,27 @@ def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise UserError(f"there is no file {path}.") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); restore it or delete it.") from error
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors or a torch file, on the CPU, never unpickling code.
+
+    Raises:
+        UserError: If the file is missing, damaged, or holds objects that are no plain tensors.
+    """
+    if str(path).endswith(".safetensors"):
+        return load_safetensors(path)[0]
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}.") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged or holds Python objects beside tensors; these could run code and are never unpickled: "
+            "get the weights as .safetensors."
+        ) from error
+    except Exception as error:  # torch raises many kinds on damaged files
+        raise UserError(f"{path} is not a readable state dict ({str(error).splitlines()[0][:120]}).") from error
 
 
 @contextlib.contextmanager

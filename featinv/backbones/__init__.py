@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from featinv.backbones.base import Backbone, FeatureSpec
 
-__all__ = ["Backbone", "FeatureSpec", "load_backbone"]
+__all__ = ["Backbone", "FeatureSpec", "load_backbone", "without_weights"]
+
+
+def without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's `{target, params}` node changed so that it has random weights: its shapes, and nothing fetched."""
+    from featinv.config import resolve_target
+
+    given = {name: value for name, value in (node.get("params") or {}).items() if name != "checkpoint_path"}
+    signature = inspect.signature(resolve_target(node["target"], "backbone.target")).parameters
+    # A switch in timm's case, the name of a set of weights in OpenCLIP's.
+    named = "pretrained" in signature and not isinstance(signature["pretrained"].default, bool)
+    return {"target": node["target"], "params": {**given, "pretrained": None if named else False}}
 
 
 def load_backbone(name: str, layer: str | None = None, **params: Any) -> Backbone:

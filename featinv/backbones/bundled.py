@@ -10,8 +10,9 @@ from typing import Any
 
 import timm
 
-from featinv.backbones.timm_backbone import TimmBackbone, read_state
+from featinv.backbones.timm_backbone import TimmBackbone
 from featinv.errors import UserError
+from featinv.files import read_state
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from featinv.backbones.base import Backbone
-from featinv.backbones.timm_backbone import read_state
 from featinv.config import nearest
 from featinv.errors import UserError
+from featinv.files import read_state
 
 
 class OpenCLIPBackbone(Backbone):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from featinv.backbones.base import Backbone
 from featinv.config import nearest
 from featinv.errors import UserError
-from featinv.files import load_safetensors
+from featinv.files import read_state
 
 
 class TimmBackbone(Backbone):
@@ -164,19 +163,3 @@ def _hooked(model: Any, module: nn.Module, x: Tensor) -> Tensor:
     if not kept or not isinstance(kept[-1], Tensor):
         raise UserError("that layer is not run by the model's forward_features, or gives no tensor.")
     return kept[-1]
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from .safetensors or a torch file, never unpickling code.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    if str(path).endswith(".safetensors"):
-        return load_safetensors(path)[0]
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}.") from error
-    except Exception as error:  # torch raises many kinds on damaged files
-        raise UserError(f"{path} is not a readable state dict ({str(error).splitlines()[0][:120]}).") from error

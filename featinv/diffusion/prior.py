@@ -17,6 +17,8 @@ from featinv.files import load_safetensors, save_safetensors, write_json
 WEIGHTS_ROOT = Path(__file__).resolve().parents[1] / "weights"
 PROMPT = "a high-quality, detailed, and professional image"
 """The one prompt of the published recipe, for training and sampling alike."""
+RANDOM = "random:"
+"""Before the name of an architecture: that prior with random weights, to measure speed and memory without a hub."""
 
 
 class DiffusionPrior(nn.Module):
@@ -104,12 +106,14 @@ def bundled_priors() -> list[str]:
     return sorted(path.parent.name for path in WEIGHTS_ROOT.glob("*/prior.json"))
 
 
-def load_prior(name_or_path: str | Path) -> DiffusionPrior:
+def load_prior(name_or_path: str | Path, config_path: str | Path | None = None) -> DiffusionPrior:
     """Load a frozen prior.
 
     Args:
         name_or_path: A bundled name ("scenes64"), a folder written by `DiffusionPrior.save_pretrained`, a Stable
-            Diffusion folder in diffusers' layout, or a hub id of one.
+            Diffusion folder in diffusers' layout, a hub id of one, or a checkpoint file of the LDM code (.ckpt,
+            .safetensors); or "random:minisd" for random weights (see `featinv.diffusion.architectures`).
+        config_path: YAML of such a file; None looks for one beside it.
 
     Returns:
         The prior, frozen, in float32.
@@ -117,12 +121,18 @@ def load_prior(name_or_path: str | Path) -> DiffusionPrior:
     Raises:
         UserError: If nothing of that name is found or the files do not fit each other.
     """
+    if str(name_or_path).startswith(RANDOM):
+        from featinv.diffusion.architectures import random_prior
+
+        return random_prior(str(name_or_path).removeprefix(RANDOM))
     path = WEIGHTS_ROOT / str(name_or_path)
     path = path if (path / "prior.json").is_file() else Path(name_or_path)
     if (path / "prior.json").is_file():
         return _load_own(path)
     if path.is_file():
-        raise UserError(f"{path} is a single file; a prior is a folder in diffusers' layout (vae/, unet/, scheduler/).")
+        from featinv.diffusion.ldm import ldm_prior, read_ldm
+
+        return ldm_prior(read_ldm(path, config_path))
     if path.is_dir() and not (path / "unet").is_dir():
         raise UserError(f"{path} is no prior: it has neither prior.json nor a unet folder.")
     return _load_stable_diffusion(str(name_or_path))

@@ -20,6 +20,11 @@ from featinv.errors import UserError
 # name -> (scheduler, arguments beyond the training schedule's own)
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    # As the LDM code steps: timesteps 1, 1 + T / steps, ..., so that the first is told of less noise than there is.
+    "ddim_leading": (
+        DDIMScheduler,
+        {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading", "steps_offset": 1},
+    ),
     "dpmpp_2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
     "euler": (EulerDiscreteScheduler, {}),
@@ -58,7 +63,7 @@ def sample(
         raise UserError(f"{num_inference_steps} steps: must be 1 to {scheduler.config.num_train_timesteps}.")
     kind, extra = SAMPLERS[sampler]
     # Trailing timesteps start at pure noise, as sampling does (Lin et al. 2023, arXiv 2305.08891, section 3.3).
-    stepper = kind.from_config(scheduler.config, timestep_spacing="trailing", **extra)
+    stepper = kind.from_config(scheduler.config, **{"timestep_spacing": "trailing", **extra})
     stepper.set_timesteps(num_inference_steps)
     latents = noise * stepper.init_noise_sigma
     for step, timestep in enumerate(stepper.timesteps):

@@ -1,0 +1,249 @@
+"""Sizes of the networks in an LDM checkpoint: from tensor shapes what these tell, from its YAML what they cannot.
+
+Shapes do not show the number of attention heads, the schedule, the latent scale, the picture's size and the kind of
+prediction. The YAML may be CompVis' own (`model: {params: {unet_config: ...}}`) or a short one with the sections
+`unet`, `control`, `vae` and `schedule`, as docs/checkpoints.md describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from featinv.diffusion.ldm_keys import Levels
+from featinv.errors import UserError
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LdmSettings:
+    """What tensor shapes do not tell; the defaults are Stable Diffusion 1's, at miniSD's picture size.
+
+    Attributes:
+        heads: Attention heads, of every level or of each.
+        head_channels: Channels of one head instead, the same on every level.
+        sample_size: Side of the latents.
+        scaling_factor: Of the latents.
+        schedule: Arguments of diffusers' `DDPMScheduler`.
+        feature_size: Height and width of the branch's feature map.
+        feature_channels: Its channels, for a checkpoint without a branch.
+        steps: Sampling steps.
+        guidance_scale: Of the guidance that drops the prompt.
+        text_heads: Attention heads of the text encoder; None takes 64 channels for each, as CLIP does.
+        stated: Sizes that the YAML states although the shapes tell them, to be compared.
+    """
+
+    heads: int | tuple[int, ...] = 8
+    head_channels: int | None = None
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    schedule: dict[str, Any] = field(default_factory=lambda: {"beta_start": 0.00085, "beta_end": 0.012})
+    feature_size: tuple[int, int] = (9, 9)
+    feature_channels: int = 1024
+    steps: int = 50
+    guidance_scale: float = 1.75
+    text_heads: int | None = None
+    stated: dict[str, Any] = field(default_factory=dict)
+
+
+def read_settings(path: str | Path | None) -> LdmSettings:
+    """Read a YAML of either kind; None gives the defaults.
+
+    Raises:
+        UserError: If the file is missing or of neither kind.
+    """
+    if path is None:
+        return LdmSettings()
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no configuration {path}.") from error
+    except Exception as error:  # YAML's parser raises many kinds
+        raise UserError(f"{path} is not a YAML file ({str(error).splitlines()[0]}).") from error
+    plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else {}
+    assert isinstance(plain, dict)
+    found = _compvis(plain["model"]) if "model" in plain else _short(plain) if "unet" in plain else None
+    if found is None:
+        raise UserError(f"{path} describes no latent-diffusion model: it has neither a `model` nor a `unet` section.")
+    return LdmSettings(**{name: value for name, value in found.items() if value is not None})
+
+
+def _short(config: dict[Any, Any]) -> dict[str, Any]:
+    unet, control, vae, schedule = (config.get(name) or {} for name in ("unet", "control", "vae", "schedule"))
+    heads = unet.get("num_attention_heads") or unet.get("num_heads") or unet.get("attention_head_dim")
+    names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
+    return {
+        "heads": tuple(heads) if isinstance(heads, list) else heads,
+        "head_channels": unet.get("num_head_channels"),
+        "sample_size": unet.get("sample_size"),
+        "scaling_factor": vae.get("scaling_factor"),
+        "schedule": {name: schedule[name] for name in names if name in schedule},
+        "feature_size": _pair(control.get("feature_size")),
+        "feature_channels": control.get("feature_channels"),
+        "steps": schedule.get("ddim_steps"),
+        "guidance_scale": schedule.get("guidance_scale"),
+        "text_heads": (config.get("text") or {}).get("num_attention_heads"),
+        "stated": {
+            "the UNet's block_out_channels": unet.get("block_out_channels"),
+            "the UNet's layers_per_block": unet.get("layers_per_block"),
+            "the UNet's cross_attention_dim": unet.get("cross_attention_dim"),
+            "the first stage's block_out_channels": vae.get("block_out_channels"),
+            "the first stage's latent_channels": vae.get("latent_channels"),
+        },
+    }
+
+
+def _compvis(model: dict[str, Any]) -> dict[str, Any]:
+    params = model.get("params") or {}
+    unet = (params.get("unet_config") or {}).get("params") or {}
+    # The LDM code's "linear" is linear in the square root of beta, its "sqrt_linear" is linear in beta.
+    betas = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
+    kinds = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+    heads, head_channels = unet.get("num_heads", -1), unet.get("num_head_channels", -1)
+    image_size = params.get("image_size") or unet.get("image_size")
+    return {
+        "heads": heads if heads != -1 else None,
+        "head_channels": head_channels if head_channels != -1 else None,
+        "sample_size": image_size,
+        "scaling_factor": params.get("scale_factor"),
+        "schedule": {
+            "beta_schedule": betas.get(params.get("beta_schedule", "linear")),
+            "beta_start": params.get("linear_start", 1e-4),
+            "beta_end": params.get("linear_end", 2e-2),
+            "num_train_timesteps": params.get("timesteps", 1000),
+            "prediction_type": kinds.get(params.get("parameterization", "eps")),
+        },
+        "stated": {"the UNet's cross_attention_dim": unet.get("context_dim")},
+    }
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    return int(pair[0]), int(pair[1])
+
+
+def check_stated(settings: LdmSettings, found: Mapping[str, Any]) -> None:
+    """Compare what the YAML states with what the shapes say.
+
+    Raises:
+        UserError: If they differ: then its number of heads may be another model's, too, which nothing else would show.
+    """
+    for name, value in settings.stated.items():
+        if value is not None and name in found and value != found[name]:
+            raise UserError(f"the configuration says {value} for {name}, the checkpoint has {found[name]}.")
+
+
+def _shape(state: State, name: str, part: str) -> torch.Size:
+    if name not in state:
+        raise UserError(f"{part} lacks {name!r}: the checkpoint is damaged or not of the latent-diffusion kind.")
+    return state[name].shape
+
+
+def unet_config(state: State, settings: LdmSettings, part: str = "the UNet") -> tuple[dict[str, Any], Levels]:
+    """The arguments of diffusers' `UNet2DConditionModel` for tensors named as beneath model.diffusion_model."""
+    channels: list[int] = []
+    depths: list[int] = []
+    layers: list[int] = []
+    number = 1
+    while f"input_blocks.{number}.0.in_layers.2.weight" in state:
+        channels.append(int(state[f"input_blocks.{number}.0.in_layers.2.weight"].shape[0]))
+        depths.append(_depth(state, f"input_blocks.{number}.1"))
+        layers.append(0)
+        while f"input_blocks.{number}.0.in_layers.2.weight" in state:
+            layers[-1] += 1
+            number += 1
+        number += 1  # the downsampling
+    first = _shape(state, "input_blocks.0.0.weight", part)
+    _check_uniform(layers, channels, int(first[0]), part)
+    attention, middle = tuple(depth > 0 for depth in depths), "middle_block.1"
+    depths = [depth or 1 for depth in depths[:-1]] + [_depth(state, middle) or 1]
+    config = {
+        "sample_size": settings.sample_size,
+        "in_channels": first[1],
+        "out_channels": _shape(state, "out.2.weight", part)[0],
+        "down_block_types": [f"{'CrossAttn' if has else ''}DownBlock2D" for has in attention],
+        "up_block_types": [f"{'CrossAttn' if has else ''}UpBlock2D" for has in reversed(attention)],
+        "block_out_channels": channels,
+        "layers_per_block": layers[0],
+        "cross_attention_dim": _shape(state, f"{middle}.transformer_blocks.0.attn2.to_k.weight", part)[1],
+        "transformer_layers_per_block": depths,
+        "use_linear_projection": len(_shape(state, f"{middle}.proj_in.weight", part)) == 2,
+        "attention_head_dim": _heads(settings, channels),  # diffusers' name for the number of heads
+    }
+    return config, Levels(layers[0], attention)
+
+
+def _check_uniform(layers: list[int], channels: list[int], first: int, part: str) -> None:
+    if not layers:
+        raise UserError(f"{part} has no residual blocks: the checkpoint is damaged or of another kind.")
+    if len(set(layers)) > 1:
+        raise UserError(f"{part} has {layers} residual blocks a level; only the same number on each is supported.")
+    if channels[0] != first:
+        raise UserError(f"{part} starts with {first} channels and goes on with {channels[0]}; these must be equal.")
+
+
+def _depth(state: State, attention: str) -> int:
+    depth = 0
+    while f"{attention}.transformer_blocks.{depth}.norm1.weight" in state:
+        depth += 1
+    return depth
+
+
+def _heads(settings: LdmSettings, channels: list[int]) -> list[int]:
+    if settings.head_channels:
+        return [max(1, width // settings.head_channels) for width in channels]
+    heads = [settings.heads] * len(channels) if isinstance(settings.heads, int) else list(settings.heads)
+    if len(heads) != len(channels):
+        raise UserError(f"the configuration has heads for {len(heads)} levels, the checkpoint has {len(channels)}.")
+    return heads
+
+
+def vae_config(state: State, settings: LdmSettings) -> tuple[dict[str, Any], Levels]:
+    """The arguments of diffusers' `AutoencoderKL` for tensors named as beneath first_stage_model."""
+    part = "the first stage"
+    channels: list[int] = []
+    attention: list[bool] = []
+    layers: list[int] = []
+    while f"encoder.down.{len(layers)}.block.0.conv1.weight" in state:
+        level, count = f"encoder.down.{len(layers)}", 0
+        while f"{level}.block.{count}.conv1.weight" in state:
+            count += 1
+        channels.append(int(state[f"{level}.block.0.conv1.weight"].shape[0]))
+        attention.append(f"{level}.attn.0.q.weight" in state)
+        layers.append(count)
+    first = _shape(state, "encoder.conv_in.weight", part)
+    _check_uniform(layers, channels, int(first[0]), part)
+    latents = int(_shape(state, "post_quant_conv.weight", part)[1])
+    config = {
+        "in_channels": first[1],
+        "out_channels": _shape(state, "decoder.conv_out.weight", part)[0],
+        "down_block_types": [f"{'Attn' if has else ''}DownEncoderBlock2D" for has in attention],
+        "up_block_types": [f"{'Attn' if has else ''}UpDecoderBlock2D" for has in reversed(attention)],
+        "block_out_channels": channels,
+        "layers_per_block": layers[0],
+        "latent_channels": latents,
+        "sample_size": settings.sample_size * 2 ** (len(channels) - 1),
+        "scaling_factor": settings.scaling_factor,
+    }
+    return config, Levels(layers[0], tuple(attention))
+
+
+def scheduler(state: State, settings: LdmSettings) -> DDPMScheduler:
+    """The schedule of the YAML, or the checkpoint's own `betas` where these differ: the LDM code samples with them."""
+    options = {"beta_schedule": "scaled_linear", **settings.schedule, "clip_sample": False, "steps_offset": 1}
+    made = DDPMScheduler(**{name: value for name, value in options.items() if value is not None})
+    betas = state.get("betas")
+    if betas is None or (betas.shape == made.betas.shape and torch.allclose(betas, made.betas, rtol=1e-3)):
+        return made
+    kept = {name: options[name] for name in ("prediction_type", "clip_sample", "steps_offset") if name in options}
+    return DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=len(betas), **kept)

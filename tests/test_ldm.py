@@ -1,0 +1,303 @@
+"""Checkpoints of the published code: names, sizes, outputs, refusals."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+import featinv
+from featinv.backbones import FeatureSpec
+from featinv.conditioning.encoders import PublishedEncoder
+from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.guidance import ClassifierFreeGuidance
+from featinv.diffusion.ldm import export_config, export_ldm, read_ldm
+from featinv.diffusion.ldm_text import clip_tower, prompt_embeddings, token_ids
+from featinv.diffusion.prior import PROMPT, DiffusionPrior, load_prior
+from featinv.diffusion.samplers import sample
+from featinv.errors import UserError
+from featinv.inverters.diffusion import DiffusionInverter
+from featinv.inverters.ldm import export_inverter, import_ldm, parity
+
+PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
+
+
+def _prior(channels=(32, 64), attention=(True, False), layers=1, heads=4, depth=1, vae=(32, 32), linear=False):
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=[f"{'CrossAttn' if has else ''}DownBlock2D" for has in attention],
+        up_block_types=[f"{'CrossAttn' if has else ''}UpBlock2D" for has in reversed(attention)],
+        block_out_channels=channels,
+        layers_per_block=layers,
+        cross_attention_dim=24,
+        attention_head_dim=heads,
+        transformer_layers_per_block=depth,
+        use_linear_projection=linear,
+    )
+    autoencoder = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * len(vae),
+        up_block_types=["UpDecoderBlock2D"] * len(vae),
+        block_out_channels=vae,
+        layers_per_block=layers,
+        scaling_factor=0.3,
+    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    text = {"prompt": torch.randn(1, 77, 24), "null": torch.randn(1, 77, 24)}
+    return DiffusionPrior(FirstStage(autoencoder), unet, scheduler, text, 8 * 2 ** (len(vae) - 1))
+
+
+def _inverter(prior, channels=12, hidden=32):
+    encoder = PublishedEncoder(FeatureSpec(channels, 3, 3, "final"), prior.latent_shape, 32, hidden)
+    inverter = DiffusionInverter(prior, encoder, ClassifierFreeGuidance(1.75, ["text"]), "ddim_leading", 4, gated=False)
+    with torch.no_grad():
+        for parameter in inverter.trainable_parameters():
+            parameter.normal_(std=0.05)
+    return inverter.eval()
+
+
+def _write(path, state, prior, half=False):
+    torch.save({"state_dict": {k: v.half() if half else v for k, v in state.items()}}, path)
+    path.with_suffix(".yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(export_config(prior))))
+    return path
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason="the parity fixture is not part of the repository")
+def test_every_output_of_the_original_implementation_is_reproduced() -> None:
+    expected = load_file(PARITY / "expected.safetensors")
+    inverter = featinv.import_ldm(PARITY / "controlldm.ckpt", PARITY / "config.yaml")
+    differences = parity(inverter, expected)
+    inputs = {"images", "features", "noisy_latents", "timesteps", "encoder_hidden_states"}
+    assert set(differences) == set(expected) - inputs - {"negative_encoder_hidden_states"}
+    assert max(differences.values()) < 1e-4, differences
+
+
+SIZES = [
+    {},
+    {"channels": (32, 64, 96), "attention": (False, True, True), "layers": 2, "heads": 8, "vae": (32, 64, 64)},
+    {"channels": (32, 32), "attention": (True, True), "depth": 2, "heads": (2, 8), "linear": True, "vae": (64,)},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_other_sizes_survive_the_way_out_and_back(tmp_path, sizes, suffix) -> None:
+    inverter = _inverter(_prior(**sizes), channels=5, hidden=16)
+    path = _write(tmp_path / "a.ckpt", export_inverter(inverter), inverter.prior)
+    if suffix == ".safetensors":
+        path = tmp_path / "a.safetensors"
+        save_file(export_inverter(inverter), path)
+    again = import_ldm(path)
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    conditions = inverter.conditions(torch.randn(2, 5, 3, 3))
+    with torch.no_grad():
+        assert torch.equal(again.unet(noisy, timesteps, conditions), inverter.unet(noisy, timesteps, conditions))
+        images = torch.rand(1, 3, inverter.size, inverter.size)
+        assert torch.equal(again.prior.first_stage.encode(images), inverter.prior.first_stage.encode(images))
+    assert again.size == inverter.size and again.prior.latent_shape == (4, 8, 8)
+    kept = {k: v for k, v in inverter.trainable_state().items() if k != "null_embedding"}
+    assert all(torch.equal(v, again.trainable_state()[k]) for k, v in kept.items())
+
+
+def test_names_agree_with_diffusers_own_conversion() -> None:
+    prior = _prior(**SIZES[1])
+    inverter = _inverter(prior)
+    state = export_ldm(prior, inverter.branch)
+    unet = convert_ldm_unet_checkpoint(dict(state), dict(prior.unet.config))
+    assert {k: v.shape for k, v in unet.items()} == {k: v.shape for k, v in prior.unet.state_dict().items()}
+    assert all(torch.equal(v, prior.unet.state_dict()[k]) for k, v in unet.items())
+    vae = convert_ldm_vae_checkpoint(dict(state), dict(prior.first_stage.vae.config))
+    assert all(torch.equal(v.flatten(), prior.first_stage.vae.state_dict()[k].flatten()) for k, v in vae.items())
+    # Theirs wants the picture ControlNet's hint block, which ours does not have.
+    hint = {
+        f"control_model.input_hint_block.{n}.{kind}": torch.zeros(1)
+        for n in range(0, 15, 2)
+        for kind in ("weight", "bias")
+    }
+    branch = convert_controlnet_checkpoint(state | hint, dict(inverter.branch.config))
+    ours = inverter.branch.state_dict()
+    assert set(ours) == {k for k in branch if "cond_embedding" not in k}
+    assert all(torch.equal(branch[k], v) for k, v in ours.items())
+
+
+def test_a_checkpoint_without_a_branch_is_a_prior_and_an_untrained_inverter(tmp_path, caplog) -> None:
+    prior = _prior()
+    path = _write(tmp_path / "prior.ckpt", export_ldm(prior), prior, half=True)
+    again = load_prior(path)
+    assert torch.equal(again.unet.conv_in.weight, prior.unet.conv_in.weight.half().float())
+    assert not again.text["prompt"].any() and "no CLIP text encoder" in caplog.text
+    inverter = import_ldm(path)
+    noisy, conditions = torch.randn(1, 4, 8, 8), inverter.conditions(torch.randn(1, 1024, 9, 9))
+    alone = inverter.unet(noisy, torch.tensor(5), conditions.without(["branch"]))
+    assert torch.equal(inverter.unet(noisy, torch.tensor(5), conditions), alone) and "no branch" in caplog.text
+
+
+def test_a_prior_goes_to_diffusers_folders_and_back(tmp_path) -> None:
+    prior = _prior()
+    load_prior(_write(tmp_path / "a.ckpt", export_ldm(prior), prior)).save_pretrained(tmp_path / "folder")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "folder", subfolder="unet")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "folder", subfolder="vae")
+    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in prior.unet.state_dict().items())
+    assert all(torch.equal(v, vae.state_dict()[k]) for k, v in prior.first_stage.vae.state_dict().items())
+    exported = export_ldm(load_prior(tmp_path / "folder"))
+    assert all(torch.equal(v, exported[k]) for k, v in export_ldm(prior).items())
+
+
+def test_the_yaml_of_the_original_code_is_understood(tmp_path) -> None:
+    prior = _prior(channels=(32, 64), heads=(2, 4))
+    path = _write(tmp_path / "a.ckpt", export_ldm(prior), prior)
+    unet = {"params": {"num_head_channels": 16, "context_dim": 24, "num_heads": -1}}
+    params = {"linear_start": 0.00085, "linear_end": 0.012, "image_size": 8, "scale_factor": 0.3, "unet_config": unet}
+    OmegaConf.save(OmegaConf.create({"model": {"params": {**params, "parameterization": "v"}}}), tmp_path / "b.yaml")
+    again = load_prior(path, tmp_path / "b.yaml")
+    assert again.unet.config.attention_head_dim == [2, 4] and again.scheduler.config.prediction_type == "v_prediction"
+    assert torch.allclose(again.scheduler.betas, prior.scheduler.betas) and again.size == prior.size
+    params["unet_config"]["params"]["context_dim"] = 768
+    OmegaConf.save(OmegaConf.create({"model": {"params": params}}), tmp_path / "b.yaml")
+    with pytest.raises(UserError, match="768"):
+        load_prior(path, tmp_path / "b.yaml")
+
+
+def test_the_checkpoints_own_betas_win(tmp_path) -> None:
+    prior = _prior()
+    path = _write(tmp_path / "a.ckpt", export_ldm(prior) | {"betas": torch.linspace(0.001, 0.02, 500)}, prior)
+    again = load_prior(path)
+    assert again.scheduler.config.num_train_timesteps == 500
+    assert torch.allclose(again.scheduler.betas, torch.linspace(0.001, 0.02, 500))
+
+
+def test_leading_ddim_is_the_formula_of_the_original_code() -> None:
+    """x0 = (x - sqrt(1 - a) e) / sqrt(a), next = sqrt(a') x0 + sqrt(1 - a') e at timesteps 1 + k T / steps."""
+    prior, noise = _prior(), torch.randn(1, 4, 8, 8)
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    seen, x = [], noise.double()
+
+    def model(x, t):
+        seen.append(int(t))
+        return torch.sin(x * (1 + t / 500))
+
+    found = sample(model, noise, prior.scheduler, "ddim_leading", 5)
+    assert seen == [801, 601, 401, 201, 1]
+    for t, before in zip([801, 601, 401, 201, 1], [601, 401, 201, 1, 0], strict=True):
+        a, b, e = alphas[t], alphas[before], model(x, torch.tensor(t))
+        x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+    assert torch.allclose(found.double(), x, atol=1e-4)
+
+
+def _clip_state(width=64, words=49408):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        hidden_act="quick_gelu",
+    )
+    tower = CLIPTextModel(config).eval()
+    names = {k.removeprefix("text_model."): v for k, v in tower.state_dict().items()}
+    return tower, {f"transformer.text_model.{k}": v for k, v in names.items()}
+
+
+def test_prompts_are_embedded_by_the_checkpoints_text_encoder() -> None:
+    tower, state = _clip_state()
+    ids = token_ids()
+    # 49406 starts a text, 49407 ends and fills it; "a" is 320 in CLIP's vocabulary.
+    assert ids[0, :2].tolist() == [49406, 320] and ids[1].tolist() == [49406] + [49407] * 76 and len(PROMPT) > 20
+    found = prompt_embeddings(state, 64)
+    with torch.no_grad():
+        assert torch.allclose(found["prompt"], tower(ids[:1]).last_hidden_state, atol=1e-5)
+    assert not prompt_embeddings({}, 64)["null"].any()
+    broken = {k.removeprefix("transformer.text_model."): v for k, v in state.items() if "fc2" not in k}
+    with pytest.raises(UserError, match="text encoder"):
+        clip_tower(broken)
+
+
+class _Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = export_ldm(_prior())
+    torch.save({"state_dict": state, "callbacks": _Malicious()}, "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes(pickle.dumps({"state_dict": _Malicious()}))
+    for name in ("a.ckpt", "b.ckpt"):
+        with pytest.raises(UserError, match="never unpickled"):
+            load_prior(tmp_path / name)
+        with pytest.raises(UserError, match="never unpickled"):
+            import_ldm(tmp_path / name)
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "damaged"),
+        ("no unet", "no latent-diffusion checkpoint"),
+        ("no first stage", "no first stage"),
+        ("lacking", "lacks"),
+        ("surplus", "does not have"),
+        ("shape", "shape"),
+        ("hint", "convolutions"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, damage, message) -> None:
+    inverter = _inverter(_prior())
+    state, unet = export_inverter(inverter), "model.diffusion_model."
+    if damage == "no unet":
+        state = {k: v for k, v in state.items() if not k.startswith(unet)}
+    elif damage == "no first stage":
+        state = {k: v for k, v in state.items() if not k.startswith("first_stage_model.")}
+    elif damage == "lacking":
+        del state[unet + "time_embed.0.weight"]
+    elif damage == "surplus":
+        state[unet + "label_emb.0.weight"] = torch.zeros(3)
+    elif damage == "shape":
+        state[unet + "out.0.weight"] = torch.zeros(7)
+    elif damage == "hint":
+        state["control_model.input_hint_block.block.7.weight"] = torch.zeros(3, 3, 3, 3)
+    path = _write(tmp_path / "a.ckpt", state, inverter.prior)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=message):
+        import_ldm(path)
+
+
+def test_the_tool_converts_a_branch_for_sampling_and_back(tmp_path, monkeypatch) -> None:
+    from tools import convert_checkpoint
+
+    config = featinv.config.load_config  # the reference experiment, at a tiny size
+    backbone = {"target": "featinv.backbones.timm_backbone.TimmBackbone"}
+    backbone |= {"params": {"name": "resnet10t", "pretrained": False, "input_size": 96}}
+
+    def tiny(name, overrides):
+        found = config(name, [])
+        found.backbone = backbone
+        return found
+
+    monkeypatch.setattr(convert_checkpoint, "load_config", tiny)
+    inverter = _inverter(_prior(), channels=512)
+    source = _write(tmp_path / "a.ckpt", export_inverter(inverter), inverter.prior)
+    text = OmegaConf.load(source.with_suffix(".yaml"))
+    text.control, text.schedule.ddim_steps = {"feature_size": 3}, 4
+    OmegaConf.save(text, source.with_suffix(".yaml"))
+    convert_checkpoint.to_folders(source, None, "any", tmp_path / "run", half=False)
+    trained = featinv.inverters.build.load_trained(tmp_path / "run")
+    assert trained.load_backbone().spec.channels == 512
+    features = torch.randn(1, 512, 3, 3)
+    drawn = trained.inverter.invert(features, seeds=[3])
+    assert torch.allclose(drawn, import_ldm(source).invert(features, seeds=[3]), atol=1e-4)
+    convert_checkpoint.to_ldm(tmp_path / "run", tmp_path / "back.safetensors", half=False)
+    again = read_ldm(tmp_path / "back.safetensors")
+    assert all(torch.equal(v, again.state[k]) for k, v in export_inverter(inverter).items())
+    assert again.settings.steps == 4 and again.settings.guidance_scale == 1.75
