@@ -5,7 +5,7 @@ python sample.py image=my.jpg samples=8                      one picture, eight 
 python sample.py inverter=runs/convnext_base per_class=10 n=null samples=1 out=runs/val   ImageNet val, 10 a class
 
 Writes originals/, samples/ and manifest.json (every file with its seed) and grid.png into the folder. Interrupted, the
-same command makes what is missing and nothing twice.
+same command makes what is missing and nothing twice; under torchrun the processes share the work.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from tqdm import tqdm
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate
 from featinv.data.folders import pictures
+from featinv.data.listing import identity
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from featinv.errors import UserError, exit_on_user_error
 from featinv.image import make_grid, save_png
 from featinv.inverters.build import Trained, load_trained
 from featinv.inverters.reconstruct import Reconstructions, reconstruct
+from featinv.processes import own_device, process_group, process_rank
 
 
 def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) -> Dataset[dict[str, Any]]:
@@ -50,7 +52,7 @@ def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) ->
         count: Counter[int] = Counter()
         kept = []
         for row in tqdm(rows, desc="reading labels"):
-            label = int(dataset[row]["label"])
+            label = identity(dataset, row)[1]
             count[label] += 1
             if count[label] <= config.per_class:
                 kept.append(row)
@@ -79,7 +81,7 @@ def sample(config: DictConfig, out: Path) -> Reconstructions:
     trained = load_trained(config.inverter)
     inverter, backbone = trained.inverter, trained.load_backbone()
     set_sampling(inverter, config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     if isinstance(inverter, torch.nn.Module):
         inverter.to(device)
     size = inverter.size
@@ -96,13 +98,15 @@ def sample(config: DictConfig, out: Path) -> Reconstructions:
         about={k: v for k, v in OmegaConf.to_container(config).items() if k not in ("n", "batch_size")},  # type: ignore[union-attr]
         title="sampling",
     )
-    draw_grid(made, config.samples, out / "grid.png")
+    if process_rank()[0] == 0:
+        draw_grid(made, config.samples, out / "grid.png")
     return made
 
 
 def draw_grid(made: Reconstructions, samples: int, path: Path, shown: int = 16) -> None:
     """One column an image: the original above its samples."""
-    rows = [made.originals()[:shown], *(made.samples(k)[:shown] for k in range(samples))]
+    chosen = range(min(shown, len(made.ids)))
+    rows = [made.originals(chosen), *(made.samples(k, chosen) for k in range(samples))]
     save_png(path, make_grid(rows, ["original", *(f"sample {k + 1}" for k in range(samples))]))
 
 
@@ -111,7 +115,8 @@ def main() -> None:
     """Read the command line, sample."""
     command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "sample.yaml"))
     out = command.out or Path("runs/samples")
-    made = sample(command.config, out)
+    with process_group():
+        made = sample(command.config, out)
     print(f"{len(made.ids)} images x {command.config.samples} samples in {out}; look at {out / 'grid.png'}")
 
 

@@ -1,14 +1,19 @@
-"""Compare inverters on the same images: metrics.json, table.md, table.csv, report.html.
+"""Compare inverters on the same images: metrics.json, table.md, table.csv, per_image.csv, report.html.
 
-python -m eval.benchmark                                         the branch of `make demo` and optimisation
+python -m eval.benchmark                                         the branch of `make demo`, optimisation, retrieval
 python -m eval.benchmark inverters=[runs/a,runs/b] n=1000 out=runs/compare
 python -m eval.benchmark inverters=[runs/convnext_base] n=10000 factor_images=0
+python -m eval.benchmark inverters=[retrieval@blocks.2,retrieval] setting=scenes64 'params.retrieval={count: 1000}'
+torchrun --nproc-per-node 8 -m eval.benchmark ...                processes or GPUs share the work
 
-Pictures are stored as they are made: interrupted, the same command makes the rest.
+A trained inverter is given the features that it was trained on; the first one's backbone judges all rows. NAME@LAYER
+puts an inverter that needs no training on another layer. Pictures are stored as they are made: interrupted, the same
+command makes the rest.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +23,27 @@ from torch.utils.data import Dataset, Subset
 
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate, is_node, load_group, nearest, resolve_target
+from featinv.config import CONFIG_ROOT, instantiate, is_node, load_config, load_group, nearest, resolve_target
+from featinv.data.folders import ilsvrc_synsets
 from featinv.data.scenes import ScenesDataset
-from featinv.diffusion.prior import DiffusionPrior
+from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError, exit_on_user_error
-from featinv.inverters.build import Trained, build_inverter, check_spec, find_inverter, load_trained
+from featinv.inverters.build import Trained, build_inverter, find_inverter, load_trained
 from featinv.metrics.benchmark import Benchmark, Contestant, scene_truth
+from featinv.metrics.networks import available_networks
+from featinv.processes import own_device, process_group, process_rank
 from featinv.report.benchmark import write_benchmark
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows share: configuration (backbone, data, prior), judging backbone, the pictures' side, the ceiling."""
+
+    config: DictConfig
+    backbone: Backbone
+    size: int
+    first_stage: FirstStage | None
 
 
 def untrained_names() -> list[str]:
@@ -34,55 +53,122 @@ def untrained_names() -> list[str]:
 
 
 def load_all(names: list[str]) -> dict[str, Trained | None]:
-    """Trained inverters; None for those that need no training.
+    """Trained inverters; None for those that need no training."""
+    untrained = untrained_names()
+    return {name: None if name.partition("@")[0] in untrained else load_trained(name) for name in names}
+
+
+def shared_setting(experiment: str | None, loaded: dict[str, Trained | None], device: torch.device) -> Setting:
+    """The setting of the first trained inverter, or of an experiment.
 
     Raises:
-        UserError: If one does not exist, or none is trained: a trained one says which backbone and data to use.
+        UserError: If there is neither.
     """
-    loaded = {name: None if name in untrained_names() else load_trained(name) for name in names}
-    if all(trained is None for trained in loaded.values()):
-        raise UserError("give at least one trained inverter; it says which backbone and images to use.")
-    return loaded
+    first = next((trained for trained in loaded.values() if trained is not None), None)
+    if experiment is not None:
+        config = load_config(experiment)
+        backbone, prior = instantiate(config.backbone, where="backbone"), load_prior(config.prior)
+        return Setting(config, backbone.to(device), prior.size, prior.first_stage.to(device))
+    if first is None:
+        raise UserError(
+            "give at least one trained inverter, which says which backbone and images to use, or setting=EXPERIMENT."
+        )
+    prior = getattr(first.inverter, "prior", None)
+    first_stage = prior.first_stage.to(device) if isinstance(prior, DiffusionPrior) else None
+    return Setting(first.config, first.load_backbone().to(device), first.inverter.size, first_stage)
+
+
+def untrained_contestant(name: str, setting: Setting, limit: int | None, params: dict[str, Any]) -> Contestant:
+    """An inverter of configs/inverter, with other `params`, on the setting's layer or on `NAME@LAYER`."""
+    kind, _, layer = name.partition("@")
+    node = load_group("inverter", kind)
+    node.params.update(params)
+    own = setting.backbone.at(layer) if layer and layer != setting.backbone.layer else None
+    backbone = own or setting.backbone
+    config = OmegaConf.create({"inverter": node, **{key: setting.config.get(key) for key in ("prior", "data")}})
+    inverter = build_inverter(config, backbone.spec, backbone, size=setting.size)
+    return Contestant(inverter, limit, OmegaConf.to_container(node), own)  # type: ignore[arg-type]
+
+
+def trained_contestant(
+    name: str, trained: Trained, setting: Setting, limit: int | None, device: torch.device
+) -> Contestant:
+    """A trained inverter, with its own backbone if that is not the setting's."""
+    if trained.inverter.size != setting.size:
+        raise UserError(
+            f"{name} draws {trained.inverter.size} pixels, not {setting.size}; compare it in its own table."
+        )
+    if isinstance(trained.inverter, torch.nn.Module):
+        trained.inverter.to(device)
+    own = None if trained.config.backbone == setting.config.backbone else trained.load_backbone().to(device)
+    about = {"file": find_inverter(name).name, **trained.note}
+    return Contestant(trained.inverter, limit, about, own)
 
 
 def contestants(
-    loaded: dict[str, Trained | None], backbone: Backbone, limits: dict[str, int], device: torch.device
+    loaded: dict[str, Trained | None], setting: Setting, config: DictConfig, device: torch.device
 ) -> dict[str, Contestant]:
-    """The benchmark's rows, by names that are good for folders."""
-    unknown = set(limits) - set(loaded)
-    if unknown:
-        raise UserError(
-            f"limits.{sorted(unknown)[0]} is no inverter of this run: {nearest(sorted(unknown)[0], list(loaded))}"
-        )
-    first = next(trained for trained in loaded.values() if trained is not None)
+    """The benchmark's rows, by names that are good for folders.
+
+    `config.limits` and `config.params` of a kind (`optimisation`) hold on every layer of it, and need not be used.
+    """
+    limits, params = dict(config.get("limits") or {}), dict(config.get("params") or {})
+    kinds = untrained_names()
+    for key, names, known in (("limits", limits, [*loaded, *kinds]), ("params", params, kinds)):
+        for name in sorted(set(names) - set(known)):
+            raise UserError(f"{key}.{name} is no inverter of this run: {nearest(name, known)}")
     rows = {}
     for name, trained in loaded.items():
+        row, limit = name.strip("/").removeprefix("runs/").replace("/", "-"), limits.get(name)
         if trained is None:
-            node = load_group("inverter", name)
-            config = OmegaConf.create({"inverter": node, "prior": first.config.get("prior")})
-            size = {"size": first.inverter.size} if "size" not in node.params else {}
-            config.inverter.params.update(size)
-            inverter: Any = build_inverter(config, backbone.spec, backbone)
-            about = OmegaConf.to_container(config.inverter)
+            kind = name.partition("@")[0]
+            rows[row] = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
         else:
-            check_spec(trained.spec, backbone.spec)
-            inverter = (
-                trained.inverter.to(device) if isinstance(trained.inverter, torch.nn.Module) else trained.inverter
-            )
-            about = {"file": find_inverter(name).name, **trained.note}
-        rows[name.strip("/").removeprefix("runs/").replace("/", "-")] = Contestant(inverter, limits.get(name), about)  # type: ignore[arg-type]
+            rows[row] = trained_contestant(name, trained, setting, limit, device)
     return rows
 
 
-def chosen_data(config: DictConfig, trained: Trained) -> Dataset[dict[str, Any]]:
+def chosen_data(config: DictConfig, setting: Setting) -> Subset[dict[str, Any]]:
     """The first n images of the data set to evaluate on."""
     if is_node(config.data):
-        dataset = instantiate(config.data, where="data")
+        dataset: Dataset[dict[str, Any]] = instantiate(config.data, where="data")
     else:
-        module = instantiate(trained.config.data, where="data")
+        module = instantiate(setting.config.data, where="data")
         module.setup()
         dataset = module.val
-    return Subset(dataset, range(min(config.n, len(dataset))))
+    return Subset(dataset, range(min(config.n, len(dataset))))  # type: ignore[arg-type]
+
+
+def has_class_labels(given: bool | None, dataset: Any) -> bool:
+    """Whether labels are the 1000 classes of ILSVRC, in their order; shards do not say, so the user does."""
+    return getattr(dataset, "classes", None) == ilsvrc_synsets() if given is None else given
+
+
+def build_benchmark(config: DictConfig, setting: Setting, out: Path, device: torch.device) -> Benchmark:
+    """The benchmark that the command line describes."""
+    chosen = chosen_data(config, setting)
+    scenes = isinstance(chosen.dataset, ScenesDataset)
+    embedders, perceptual, skipped = available_networks()
+    class_labels = has_class_labels(config.class_labels, chosen.dataset)
+    if not class_labels:
+        skipped["label_accuracy"] = "the labels are not known to be the networks' classes (class_labels=true says so)"
+    return Benchmark(
+        setting.backbone,
+        chosen,  # type: ignore[arg-type]
+        out,
+        referee=instantiate(config.referee, where="referee").to(device) if config.referee else None,
+        referee_name=config.referee.params.name if config.referee else "",
+        first_stage=setting.first_stage,
+        truth=scene_truth(config.factor_images, size=setting.size) if scenes and config.factor_images else None,
+        size=setting.size,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        distribution_resamples=config.distribution_resamples,
+        embedders={name: network.to(device) for name, network in embedders.items()},
+        perceptual=perceptual.to(device) if perceptual else None,
+        class_labels=class_labels,
+        skipped=skipped,
+    )
 
 
 @exit_on_user_error
@@ -90,31 +176,16 @@ def main() -> None:
     """Read the command line, evaluate, print the table."""
     command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "benchmark.yaml"))
     config, out = command.config, command.out or Path("runs/benchmark")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_all(list(config.inverters))
-    first = next(trained for trained in loaded.values() if trained is not None)
-    backbone = first.load_backbone().to(device)
-    dataset = chosen_data(config, first)
-    prior = getattr(first.inverter, "prior", None)
-    scenes = isinstance(dataset.dataset, ScenesDataset)  # type: ignore[attr-defined]
-    benchmark = Benchmark(
-        backbone,
-        dataset,  # type: ignore[arg-type]
-        out,
-        referee=instantiate(config.referee, where="referee").to(device) if config.referee else None,
-        referee_name=config.referee.params.name if config.referee else "",
-        first_stage=prior.first_stage if isinstance(prior, DiffusionPrior) else None,
-        truth=scene_truth(config.factor_images, size=first.inverter.size) if scenes and config.factor_images else None,
-        size=first.inverter.size,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        distribution_resamples=config.distribution_resamples,
-    )
-    rows = contestants(loaded, backbone, dict(config.limits or {}), device)
-    content = benchmark.run(rows, samples=config.samples)
-    write_benchmark(out, content, "Feature inversion: " + ", ".join(rows))
-    print((out / "table.md").read_text())
-    print(f"metrics.json, table.md, table.csv and report.html are in {out}")
+    device = own_device()
+    with process_group():
+        loaded = load_all(list(config.inverters))
+        setting = shared_setting(config.setting, loaded, device)
+        rows = contestants(loaded, setting, config, device)
+        content = build_benchmark(config, setting, out, device).run(rows, samples=config.samples)
+        if process_rank()[0] == 0:
+            write_benchmark(out, content, "Feature inversion: " + ", ".join(rows))
+            print((out / "table.md").read_text())
+            print(f"metrics.json, table.md, table.csv, per_image.csv and report.html are in {out}")
 
 
 if __name__ == "__main__":

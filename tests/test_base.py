@@ -16,7 +16,7 @@ from featinv.files import atomic_write, load_safetensors, run_lock, write_text
 from featinv.image import load_png, make_grid, save_png, seeded_noise
 
 ROOT = Path(__file__).parents[1]
-BASE = ("errors", "config", "image", "checkpoint", "files")
+BASE = ("errors", "config", "image", "checkpoint", "files", "processes")
 ROOMS = ("data", "backbones", "conditioning", "diffusion", "inverters", "metrics", "training", "attribution")
 ROOMS += ("applications", "report")
 
@@ -150,6 +150,6 @@ def test_every_config_names_real_constructors_and_parameters(path: Path) -> None
     if path.parent.name == "experiment":
         content = OmegaConf.to_container(load_config(path.stem))
     nodes = list(_nodes(content))
-    assert nodes or path.stem == "sample"
+    assert nodes or path.stem in ("sample", "layers")
     for node in nodes:
         check_params(resolve_target(node["target"]), list(node.get("params") or {}), str(path))

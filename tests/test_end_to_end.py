@@ -109,18 +109,36 @@ def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:
 
 
 def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
-    words = [f"inverters=[{trained},optimisation]", "limits={optimisation: 5}", "n=8", "factor_images=40"]
+    words = [f"inverters=[{trained},optimisation,retrieval]", "limits={optimisation: 5}", "n=8", "factor_images=40"]
     done = _run("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(content) == {"meta", "floor", "ceiling", "inverters", "subset"}
-    assert content["subset"]["n"] == 5 and len(content["inverters"]) == 2
+    documented = {
+        "meta",
+        "floor",
+        "floor_same_class",
+        "ceiling",
+        "inverters",
+        "factors",
+        "differences",
+        "cases",
+        "subset",
+    }
+    assert set(content) == documented and set(content["factors"]) == {"originals", "features"}
+    assert content["subset"]["n"] == 5 and len(content["inverters"]) == 3
     for figures in content["inverters"].values():
         assert {"value", "low", "high", "n"} <= set(figures["cosine"]) and "factor_object0_shape" in figures
         assert "fd_mobilenetv2" in figures and "fid" not in figures
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
-    assert (tmp_path / "table.md").read_text().count("\n") == 6 and (tmp_path / "table.csv").is_file()
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 6 and (tmp_path / "table.csv").is_file()
+    done = _run("-m", "eval.layers", f"benchmarks=[{tmp_path}]", f"out={tmp_path / 'layers'}", cwd=ROOT)
+    assert done.returncode == 0 and "retrieval" in done.stdout, done.stderr[-2000:]
+    words = [f"inverter={trained}", "n=2", "corruptions=[fog]", "severities=[2]", "eps=[4]", "ood=[noise]"]
+    done = _run("-m", "eval.robustness", *words, f"out={tmp_path / 'robustness'}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "robustness" / "robustness.json").read_text())["conditions"]
+    assert set(found) == {"clean", "fog-2", "fgsm-4of255", "pgd-4of255", "noise"}
 
 
 def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_path) -> None:
@@ -206,7 +224,9 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(words, message) -> None:
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", [["train.py"], ["sample.py"], ["-m", "eval.benchmark"], ["-m", "tools.demo"]])
+@pytest.mark.parametrize(
+    "script", [["train.py"], ["sample.py"], ["-m", "eval.benchmark"], ["-m", "eval.robustness"], ["-m", "tools.demo"]]
+)
 def test_help_lists_every_key(script) -> None:
     done = _run(*script, "--help", cwd=ROOT)
     assert done.returncode == 0 and "key" in done.stdout and "seed" in done.stdout

@@ -32,8 +32,8 @@ BUNDLED = "scenes64/efficientnet_lite0"
 def contestants(trained: Trained, backbone: Any, sizes: DictConfig) -> dict[str, Contestant]:
     """The branch just trained, the bundled one, and the optimisation inverter on a few images."""
     node = load_group("inverter", "optimisation")
-    node.params.update({"steps": sizes.slow_steps, "size": trained.inverter.prior.size})  # type: ignore[attr-defined]
-    optimisation = build_inverter(DictConfig({"inverter": node}), backbone.spec, backbone)
+    node.params.steps = sizes.slow_steps
+    optimisation = build_inverter(DictConfig({"inverter": node}), backbone.spec, backbone, size=trained.inverter.size)
     own = {"note": trained.note}
     rows = {
         "branch": Contestant(trained.inverter, about=own),

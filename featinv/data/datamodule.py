@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from featinv.data import load_dataset
-from featinv.data.shards import process_rank
 from featinv.errors import UserError
+from featinv.processes import process_rank
 
 Item = dict[str, Any]
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import torch
-import torch.distributed
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
@@ -26,6 +24,7 @@ from featinv.data.image_list import Entry, ImageList, Verify, stable_ids, write_
 from featinv.data.reading import IMAGE_SUFFIXES, UnreadableImage, read_image
 from featinv.data.transforms import build_transform
 from featinv.errors import UserError
+from featinv.processes import process_rank
 
 OnSkip = Callable[[str, str], None]
 
@@ -260,14 +259,6 @@ def _slot() -> tuple[int, int]:
     worker = get_worker_info()
     number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
     return rank * workers + number, world * workers
-
-
-def process_rank() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, (0, 1) outside distributed runs."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # A DataLoader worker that was spawned rather than forked knows only the launcher's variables.
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _ignore(item_id: str, reason: str) -> None:

@@ -25,18 +25,24 @@ INVERTER_FILE = "inverter.safetensors"
 
 
 def build_inverter(
-    config: DictConfig, spec: FeatureSpec, backbone: Backbone | None = None, prior: DiffusionPrior | None = None
+    config: DictConfig,
+    spec: FeatureSpec,
+    backbone: Backbone | None = None,
+    prior: DiffusionPrior | None = None,
+    size: int | None = None,
 ) -> Inverter:
     """Build the inverter that `config.inverter` names.
 
     What its constructor asks for beyond the YAML is derived: `prior` (if it cannot do without) from config.prior,
-    `encoder` from config.conditioning (built for features and latents), `spec`, `backbone`, and `size` in pixels.
+    `encoder` from config.conditioning (built for features and latents), `spec`, `backbone`, `dataset` (the training
+    images of config.data), and `size` in pixels.
 
     Args:
-        config: With `inverter`, and where needed `prior`, `conditioning` and `backbone`.
+        config: With `inverter`, and where needed `prior`, `conditioning`, `backbone` and `data`.
         spec: Of the features to invert.
         backbone: Loaded from config.backbone if an inverter needs it and it is not given.
         prior: Loaded from config.prior if not given.
+        size: Side of the pictures where the YAML does not say; by default the prior's.
 
     Raises:
         UserError: If a part is missing or does not fit the others.
@@ -61,9 +67,20 @@ def build_inverter(
         derived["spec"] = spec
     if "backbone" in wanted:
         derived["backbone"] = backbone or instantiate(config.backbone, where="backbone")
-    if "size" in wanted and "size" not in given and prior is not None:
-        derived["size"] = prior.size
+    if "dataset" in wanted and "dataset" not in given:
+        derived["dataset"] = _training_images(config)
+    size = size or (prior.size if prior is not None else None)
+    if "size" in wanted and "size" not in given and size is not None:
+        derived["size"] = size
     return instantiate(config.inverter, where="inverter", **derived)
+
+
+def _training_images(config: DictConfig) -> Any:
+    if config.get("data") is None:
+        raise UserError("this inverter needs training images; set data=NAME.")
+    data = instantiate(config.data, where="data")
+    data.setup()
+    return data.train
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from featinv.backbones.base import Backbone
+from featinv.data.listing import identity
 from featinv.errors import UserError
-from featinv.files import run_lock, write_json
+from featinv.files import read_json, run_lock, write_json
 from featinv.image import load_png, resize, save_png
 from featinv.inverters.base import Inverter
+from featinv.processes import first_does, own_share, process_rank, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +42,16 @@ class Items(Protocol):
 
 
 class Reconstructions:
-    """A folder of originals and their reconstructions.
+    """A folder of originals and their reconstructions; pictures are read when they are asked for.
 
-    Layout: `originals/ID.png`, `samples/ID_K.png` and `manifest.json`, which names every file with its seed.
+    Layout: `originals/ID.png` (or another folder that the manifest names), `samples/ID_K.png` and `manifest.json`,
+    which names every file with its seed.
 
     Args:
         folder: Written by `reconstruct`.
+
+    Raises:
+        UserError: If there is no manifest, or a damaged one.
     """
 
     def __init__(self, folder: str | Path):
@@ -49,35 +59,78 @@ class Reconstructions:
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no reconstructions (no manifest.json); run sample.py first.")
-        self.manifest: dict[str, Any] = json.loads(path.read_text())
+        self.manifest: dict[str, Any] = read_json(path)
 
     @property
     def ids(self) -> list[str]:
         """Ids of the images, in the data set's order."""
         return [entry["id"] for entry in self.manifest["images"]]
 
-    def originals(self) -> Tensor:
-        """(N, 3, H, W) in [0, 1]."""
-        return torch.stack([load_png(self.folder / e["original"]) for e in self.manifest["images"]])
+    @property
+    def samples_each(self) -> int:
+        """Reconstructions of each image."""
+        return len(self.manifest["images"][0]["samples"]) if self.manifest["images"] else 0
 
-    def samples(self, sample: int = 0) -> Tensor:
-        """Sample number `sample` of every image, (N, 3, H, W) in [0, 1]."""
-        return torch.stack([load_png(self.folder / e["samples"][sample]["file"]) for e in self.manifest["images"]])
+    def originals(self, indices: Sequence[int] | None = None) -> Tensor:
+        """Originals at the given positions, or all: (N, 3, H, W) in [0, 1]."""
+        return self._load([entry["original"] for entry in self._entries(indices)])
+
+    def samples(self, sample: int = 0, indices: Sequence[int] | None = None) -> Tensor:
+        """Sample number `sample` at the given positions, or of every image: (N, 3, H, W) in [0, 1]."""
+        return self._load([entry["samples"][sample]["file"] for entry in self._entries(indices)])
+
+    def _entries(self, indices: Sequence[int] | None) -> list[dict[str, Any]]:
+        entries = self.manifest["images"]
+        return entries if indices is None else [entries[i] for i in indices]
+
+    def _load(self, names: list[str]) -> Tensor:
+        return torch.stack([load_png(self.folder / name) for name in names])
 
 
-def _plan(item: dict[str, Any], samples: int, seed: int) -> dict[str, Any]:
-    drawn = [
-        {"file": f"samples/{item['id']}_{k}.png", "seed": sample_seed(seed, item["id"], k)} for k in range(samples)
-    ]
-    return {"id": item["id"], "label": int(item["label"]), "original": f"originals/{item['id']}.png", "samples": drawn}
-
-
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path, size: int | None = None) -> bool:
+    """Whether a PNG is there, passes its checksums and decodes (to `size` pixels a side)."""
     try:
-        load_png(path)
-    except UserError:
+        with Image.open(path) as file:
+            file.verify()  # decoding alone does not look at the checksums
+        shape = load_png(path).shape
+    except (UserError, OSError, SyntaxError):
         return False
-    return True
+    return size is None or tuple(shape[1:]) == (size, size)
+
+
+def _plan(image_id: str, label: int, samples: int, seed: int, original: str) -> dict[str, Any]:
+    drawn = [{"file": f"samples/{image_id}_{k}.png", "seed": sample_seed(seed, image_id, k)} for k in range(samples)]
+    return {"id": image_id, "label": label, "original": f"{original}/{image_id}.png", "samples": drawn}
+
+
+def _prepare(
+    items: Items, folder: Path, samples: int, seed: int, size: int, about: dict[str, Any], originals: Path | None
+) -> dict[str, Any]:
+    """Check the folder, write the originals (unless they lie elsewhere) and the manifest."""
+    path = folder / "manifest.json"
+    manifest: dict[str, Any] = {"about": about, "seed": seed, "images": []}
+    if path.is_file():
+        before = read_json(path)
+        if before["about"] != json.loads(json.dumps(about, default=str)) or before["seed"] != seed:
+            raise UserError(f"{folder} holds reconstructions with other settings; choose another folder.")
+    where = "originals" if originals is None else os.path.relpath(originals, folder)
+    for i in range(len(items)):
+        entry = _plan(*identity(items, i), samples, seed, where)
+        manifest["images"].append(entry)
+        if originals is None and not is_whole(folder / entry["original"], size):
+            save_png(folder / entry["original"], _at_size(items[i]["image"], size))
+    write_json(path, manifest)
+    return manifest
+
+
+def _missing(manifest: dict[str, Any], folder: Path, size: int) -> list[tuple[int, int]]:
+    """(image, sample) of the pictures that are not there or not whole."""
+    return [
+        (i, k)
+        for i, entry in enumerate(manifest["images"])
+        for k, sample in enumerate(entry["samples"])
+        if not is_whole(folder / sample["file"], size)
+    ]
 
 
 def reconstruct(
@@ -92,10 +145,12 @@ def reconstruct(
     batch_size: int = 32,
     about: dict[str, Any] | None = None,
     title: str = "reconstructing",
+    originals: Path | None = None,
 ) -> Reconstructions:
     """Reconstruct images from their features.
 
-    A picture that is there and whole is kept; a missing or damaged one is made again, from the same seed.
+    A picture that is there and whole is kept; a missing or damaged one is made again, from the same seed. Under
+    torchrun the processes share the batches.
 
     Args:
         inverter: Any inverter.
@@ -108,49 +163,49 @@ def reconstruct(
         batch_size: Reconstructions at a time; changes the speed, not the pictures.
         about: Written into the manifest (configuration, versions).
         title: Of the progress bar.
+        originals: A folder that holds them already, as ID.png; by default they are written into `folder`.
 
     Raises:
-        UserError: If the folder holds reconstructions with other settings, or the disk is full.
+        UserError: If the folder holds reconstructions with other settings, a picture is not finite, or the disk is
+            full.
     """
-    folder, device = Path(folder), backbone.mean.device
-    manifest: dict[str, Any] = {"about": about or {}, "seed": seed, "images": []}
-    path = folder / "manifest.json"
-    with run_lock(folder):
-        if path.is_file():
-            before = json.loads(path.read_text())
-            if before["about"] != json.loads(json.dumps(manifest["about"], default=str)) or before["seed"] != seed:
-                raise UserError(f"{folder} holds reconstructions with other settings; choose another folder.")
-        for i in range(len(items)):
-            item = items[i]
-            entry = _plan(item, samples, seed)
-            manifest["images"].append(entry)
-            if not _is_whole(folder / entry["original"]):
-                save_png(folder / entry["original"], _at_size(item["image"], size))
-        write_json(path, manifest)
-        todo = [
-            (i, k)
-            for i, entry in enumerate(manifest["images"])
-            for k in range(samples)
-            if not _is_whole(folder / entry["samples"][k]["file"])
-        ]
+    folder = Path(folder)
+    with contextlib.ExitStack() as held:
+        first_does(lambda: held.enter_context(run_lock(folder)))
+        manifest = first_does(lambda: _prepare(items, folder, samples, seed, size, about or {}, originals))
+        todo = first_does(lambda: _missing(manifest, folder, size))
         if len(todo) < samples * len(items):
-            log.info(
-                "%d of %d reconstructions are already there",
-                samples * len(items) - len(todo),
-                samples * len(items),
-            )
-        with tqdm(total=len(todo), desc=title, unit="img", disable=not todo) as bar:
-            for start in range(0, len(todo), batch_size):
-                part = todo[start : start + batch_size]
-                read = {i: items[i]["image"] for i in {i for i, _ in part}}
-                images = torch.stack([read[i] for i, _ in part])
-                seeds = [manifest["images"][i]["samples"][k]["seed"] for i, k in part]
-                with torch.no_grad():
-                    features = backbone(images.to(device))
-                for (i, k), image in zip(part, inverter.invert(features, seeds=seeds), strict=True):
-                    save_png(folder / manifest["images"][i]["samples"][k]["file"], image)
-                bar.update(len(part))
+            there = samples * len(items) - len(todo)
+            log.info("%d of %d reconstructions are already there", there, samples * len(items))
+        batches = own_share([todo[start : start + batch_size] for start in range(0, len(todo), batch_size)])
+        quiet = not batches or process_rank()[0] > 0
+        with tqdm(total=sum(map(len, batches)), desc=title, unit="img", disable=quiet) as bar:
+            for batch in batches:
+                _make(inverter, backbone, items, manifest, batch, folder)
+                bar.update(len(batch))
+        wait_for_all()
     return Reconstructions(folder)
+
+
+def _make(
+    inverter: Inverter,
+    backbone: Backbone,
+    items: Items,
+    manifest: dict[str, Any],
+    batch: list[tuple[int, int]],
+    folder: Path,
+) -> None:
+    """Draw and store one batch of (image, sample)."""
+    read = {i: items[i]["image"] for i in {i for i, _ in batch}}
+    images = torch.stack([read[i] for i, _ in batch])
+    drawn = [manifest["images"][i]["samples"][k] for i, k in batch]
+    with torch.no_grad():
+        features = backbone(images.to(backbone.mean.device))
+    pictures = inverter.invert(features, seeds=[sample["seed"] for sample in drawn])
+    for sample, picture in zip(drawn, pictures, strict=True):
+        if not picture.isfinite().all():
+            raise UserError(f"{sample['file']} (seed {sample['seed']}) is not finite; the inverter has diverged.")
+        save_png(folder / sample["file"], picture)
 
 
 def _at_size(image: Tensor, size: int) -> Tensor:

@@ -5,16 +5,16 @@ Every paired function takes `(original, reconstruction)` in this order and retur
 
 from featinv.metrics.collection import (
     METRICS,
-    ImagePairs,
     PairedEvaluation,
     derangement,
     evaluate_floor,
     evaluate_images,
+    same_class_partner,
 )
 from featinv.metrics.distribution import (
     distribution_meta,
     frechet_distance,
-    inception_embedder,
+    identification,
     kernel_distance,
     pooled,
     precision_recall,
@@ -30,7 +30,9 @@ from featinv.metrics.features import (
 )
 from featinv.metrics.images import embedding_diversity, pixel_diversity, psnr, ssim
 from featinv.metrics.intervals import Interval, bootstrap_mean, bootstrap_r2
+from featinv.metrics.networks import inception_embedder, lpips_network
 from featinv.metrics.summary import DISTRIBUTION_METRICS, metric_name, summarise
+from featinv.metrics.views import ImagePairs
 
 __all__ = [
     "DISTRIBUTION_METRICS",
@@ -49,9 +51,11 @@ __all__ = [
     "evaluate_images",
     "feature_cosine",
     "frechet_distance",
+    "identification",
     "inception_embedder",
     "kernel_distance",
     "label_accuracy",
+    "lpips_network",
     "metric_name",
     "normalised_l2",
     "pixel_diversity",
@@ -59,6 +63,7 @@ __all__ = [
     "position_cosine",
     "precision_recall",
     "psnr",
+    "same_class_partner",
     "share_of_span",
     "ssim",
     "summarise",

@@ -1,38 +1,36 @@
-"""One evaluation: several inverters, the same images, the same metrics, floor and ceiling: the table of a paper."""
+"""One evaluation: several inverters, the same images, the same metrics, floors and ceiling: the table of a paper."""
 
 from __future__ import annotations
 
-import json
-import logging
 import platform
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
 from featinv.errors import UserError
-from featinv.files import write_json
-from featinv.image import to_uint8
+from featinv.files import write_json, write_text
+from featinv.image import resize
 from featinv.inverters.base import Inverter
 from featinv.inverters.reconstruct import Items, Reconstructions, reconstruct
-from featinv.metrics.collection import PairedEvaluation, evaluate_floor, evaluate_images
-from featinv.metrics.distribution import distribution_meta
-from featinv.metrics.factors import FactorProbe, FactorSpec
-from featinv.metrics.features import share_of_span
-from featinv.metrics.intervals import Interval, bootstrap_mean
-from featinv.metrics.summary import summarise
+from featinv.inverters.stored import StoredItems, store_items
+from featinv.metrics.collection import derangement, same_class_partner
+from featinv.metrics.distribution import SMALL_N, distribution_meta
+from featinv.metrics.factors import FactorProbe
+from featinv.metrics.rows import Judges, Row, RowEvaluation, evaluate_rows, probe_input
+from featinv.metrics.tables import CEILING, FLOOR, SAME_CLASS, Tables
+from featinv.metrics.truth import FactorTruth, rounded, scene_truth
+from featinv.metrics.views import Embedder, Perceptual
+from featinv.processes import first_does
 
-log = logging.getLogger(__name__)
-Figures = dict[str, Interval]
+__all__ = ["Benchmark", "Contestant", "FactorTruth", "evaluate", "scene_truth"]
 
 
 @dataclass(frozen=True)
@@ -43,52 +41,24 @@ class Contestant:
         inverter: The inverter.
         limit: Reconstruct the first so many images only (slow inverters); None is all.
         about: Its settings, written beside its pictures; pictures made with other settings are refused.
+        backbone: The network whose features it is given, where that is another than the benchmark's: another layer,
+            another architecture, the untrained control.
     """
 
     inverter: Inverter
     limit: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FactorTruth:
-    """Originals from which the factor probe learns, and which columns of their table it reads.
-
-    Attributes:
-        images: (N, 3, H, W).
-        values: (N, F).
-        schema: One entry for each column.
-    """
-
-    images: Tensor
-    values: Tensor
-    schema: list[FactorSpec]
-
-
-@torch.no_grad()
-def _embeddings(network: Backbone, images: Tensor) -> Tensor:
-    """Maps averaged to 2 x 2, flattened: enough to read positions from, (N, 4 C)."""
-    device = network.mean.device
-    return torch.cat([F.adaptive_avg_pool2d(network(part.to(device)), 2).flatten(1).cpu() for part in images.split(64)])
-
-
-def _rounded(images: Tensor) -> Tensor:
-    """What a PNG would hold."""
-    return to_uint8(images).float() / 255
-
-
-@torch.no_grad()
-def _round_trip(first_stage: FirstStage, images: Tensor) -> Tensor:
-    device = next(first_stage.parameters()).device
-    parts = [first_stage.decode(first_stage.encode(part.to(device))).cpu() for part in images.split(32)]
-    return _rounded(torch.cat(parts))
+    backbone: Backbone | None = None
 
 
 class Benchmark:
     """Evaluate inverters on the same images.
 
+    Pictures are kept; interrupted, `run` makes the missing or damaged ones and evaluates again. Under torchrun the
+    processes share the work.
+
     Args:
-        backbone: The inverted network.
+        backbone: The inverted network; it judges every row.
         items: Data set items; with "factors" where factor recovery is wanted.
         out: Folder of all pictures and figures.
         referee: A network that no inverter saw.
@@ -99,6 +69,10 @@ class Benchmark:
         seed: Of samples and intervals.
         batch_size: Images at a time.
         distribution_resamples: Bootstrap resamples of Frechet and kernel distances.
+        embedders: More networks for distribution metrics, such as "inception".
+        perceptual: LPIPS.
+        class_labels: Whether the items' labels are the classes that the networks tell apart.
+        skipped: Metric -> why it is not computed; printed beside the table.
     """
 
     def __init__(
@@ -115,52 +89,69 @@ class Benchmark:
         seed: int = 0,
         batch_size: int = 32,
         distribution_resamples: int = 20,
+        embedders: Mapping[str, Embedder] | None = None,
+        perceptual: Perceptual | None = None,
+        class_labels: bool = False,
+        skipped: Mapping[str, str] | None = None,
     ):
         if len(items) < 2:
             raise UserError(f"a benchmark needs at least two images, not {len(items)}: the floor pairs them.")
-        self.backbone, self.items, self.out, self.size, self.seed = backbone, items, Path(out), size, seed
-        self.referee, self.referee_name, self.first_stage = referee, referee_name, first_stage
-        self.truth, self.batch_size, self.distribution_resamples = truth, batch_size, distribution_resamples
-        self.probe = FactorProbe(truth.schema).fit(self._probe_input(truth.images), truth.values) if truth else None
-
-    def _probe_input(self, images: Tensor) -> Tensor:
-        return _embeddings(self.referee or self.backbone, images)
+        self.backbone, self.out, self.size, self.seed = backbone, Path(out), size, seed
+        self.first_stage, self.batch_size = first_stage, batch_size
+        self.distribution_resamples, self.class_labels = distribution_resamples, class_labels
+        self.skipped = dict(skipped or {})
+        self._items = items
+        self.judges = Judges(
+            backbone,
+            referee,
+            referee_name,
+            embedders or {},
+            perceptual,
+            probe=_fitted(truth, referee or backbone),
+            feature_probe=_fitted(truth, backbone),
+            device=backbone.mean.device,
+        )
 
     def run(self, contestants: Mapping[str, Contestant], samples: int = 1) -> dict[str, Any]:
-        """Reconstruct, evaluate, write `metrics.json`.
+        """Reconstruct, evaluate, write `metrics.json` and `per_image.csv`.
 
         Args:
             contestants: By the name of their row.
-            samples: Reconstructions of each image; the first is evaluated.
+            samples: Reconstructions of each image; the first is evaluated, all are for diversity.
 
         Returns:
-            The content of metrics.json: "meta", "floor", "ceiling", "inverters", and "subset", where every inverter is
-            evaluated on the images that all of them have, if some have fewer.
+            The content of metrics.json: "meta", "floor", "floor_same_class" (if labels are known), "ceiling",
+            "inverters", "factors" (what a probe reads from originals and from their features), "differences" of every
+            inverter from the first one over the images of both, "cases" (ids of the worst, median and best images), and
+            "subset", where every inverter is evaluated on the images that all of them have, if some have fewer.
         """
         if not contestants:
             raise UserError("there is no inverter to evaluate.")
-        made = {name: self._reconstruct(name, contestant, samples) for name, contestant in contestants.items()}
-        longest = max(made.values(), key=lambda m: len(m.ids))
-        originals = longest.originals()
-        floor = self._floor(originals)
-        ceiling = self._ceiling(originals)
-        span = (floor["cosine"]["value"] or 0.0, (ceiling["cosine"]["value"] or 0.0) if ceiling else 1.0)
-        pictures = {name: m.samples(0) for name, m in made.items()}
-        rows = {name: self.figures(originals[: len(p)], p, span) for name, p in pictures.items()}
-        content: dict[str, Any] = {"meta": self._meta(originals), "floor": floor, "ceiling": ceiling, "inverters": rows}
-        shortest = min(len(p) for p in pictures.values())
-        if shortest < len(originals):
-            few = {name: self.figures(originals[:shortest], p[:shortest], span) for name, p in pictures.items()}
-            content["subset"] = {"n": shortest, "inverters": few}
-        write_json(self.out / "metrics.json", content)
-        return content
+        if "originals" in contestants:
+            raise UserError("no row can be named 'originals': the images themselves are kept under that name.")
+        first_does(lambda: store_items(self._items, self.out / "originals"))
+        items = StoredItems(self.out / "originals")
+        made = {name: self._reconstruct(items, name, contestant, samples) for name, contestant in contestants.items()}
+        rows = self._reference_rows(items)
+        rows |= {name: self._row(made[name], contestants[name]) for name in contestants}
+        judges = replace(self.judges, labels=items.labels if self.class_labels else None)
+        scratch = self.out / ".evaluation"
+        numbers = evaluate_rows(self._originals(items), len(items), rows, judges, scratch, self.batch_size)
+        return first_does(lambda: self._write(items, numbers, contestants, made))
 
-    def _reconstruct(self, name: str, contestant: Contestant, samples: int) -> Reconstructions:
-        count = len(self.items) if contestant.limit is None else min(contestant.limit, len(self.items))
+    def _originals(self, items: StoredItems) -> Any:
+        def pictures(indices: list[int]) -> Tensor:
+            return rounded(resize(torch.stack([items[i]["image"] for i in indices]), self.size))
+
+        return pictures
+
+    def _reconstruct(self, items: StoredItems, name: str, contestant: Contestant, samples: int) -> Reconstructions:
+        count = len(items) if contestant.limit is None else min(contestant.limit, len(items))
+        stored_at_size = items[0]["image"].shape[-1] == self.size
         return reconstruct(
             contestant.inverter,
-            self.backbone,
-            Subset(self.items, range(count)),  # type: ignore[arg-type]
+            contestant.backbone or self.backbone,
+            Subset(items, range(count)),  # type: ignore[arg-type]
             self.out / name,
             samples=samples,
             seed=self.seed,
@@ -168,79 +159,107 @@ class Benchmark:
             batch_size=self.batch_size,
             about=contestant.about,
             title=name,
+            originals=items.folder if stored_at_size else None,
         )
 
-    def _paired(self, originals: Tensor, reconstructions: Tensor) -> PairedEvaluation:
-        device = self.backbone.mean.device
-        return evaluate_images(
-            originals,
-            reconstructions,
-            self.backbone,
-            self.referee,
-            referee_name=self.referee_name,
-            batch_size=self.batch_size,
-            device=device,
+    def _row(self, made: Reconstructions, contestant: Contestant) -> Row:
+        each = made.samples_each
+
+        def all_samples(indices: list[int]) -> Tensor:
+            return torch.stack([made.samples(k, indices) for k in range(each)], 1)
+
+        return Row(
+            lambda indices: made.samples(0, indices),
+            range(len(made.ids)),
+            all_samples if each > 1 else None,
+            own=contestant.backbone,
         )
 
-    def figures(self, originals: Tensor, reconstructions: Tensor, span: tuple[float, float]) -> Figures:
-        """All figures of one inverter's pictures (N, 3, H, W); `span` is (floor, ceiling) of the cosine."""
-        evaluated = self._paired(originals, reconstructions)
-        per_image = dict(evaluated.per_image)
-        if span[1] > span[0]:
-            per_image["share"] = share_of_span(per_image["cosine"], *span)
-        else:
-            log.warning("no share of the span: the ceiling %.3f is not above the floor %.3f", span[1], span[0])
-        figures = summarise(
-            per_image,
-            evaluated.embeddings_real,
-            evaluated.embeddings_fake,
-            seed=self.seed,
-            distribution_resamples=self.distribution_resamples,
-        )
-        return figures | self._factors(reconstructions)
+    def _reference_rows(self, items: StoredItems) -> dict[str, Row]:
+        """Floors (another image, another image of the class) and ceiling (round trip), as rows like any other."""
+        originals, first_stage = self._originals(items), self.first_stage
 
-    def _factors(self, pictures: Tensor) -> Figures:
-        if self.probe is None or self.truth is None:
-            return {}
-        columns = self._true_factors[: len(pictures)]
-        scores = self.probe.score(self._probe_input(pictures), columns, seed=self.seed)
-        return {f"factor_{name}": value for name, value in scores.items()}
+        def others(partner: Tensor) -> Row:
+            paired = frozenset((partner >= 0).nonzero().flatten().tolist())
+            return Row(lambda indices: originals(partner[indices].tolist()), paired)
 
-    @cached_property
-    def _true_factors(self) -> Tensor:
-        assert self.truth is not None
-        rows = [self.items[i]["factors"] for i in range(len(self.items))]
-        return torch.stack(rows)[:, [spec_column(spec.name) for spec in self.truth.schema]]
+        rows = {FLOOR: others(derangement(len(items), self.seed))}
+        same = same_class_partner(items.labels, self.seed)
+        if (same >= 0).any():
+            rows[SAME_CLASS] = others(same)
+        if first_stage is not None:
+            device = next(first_stage.parameters()).device
 
-    def _floor(self, originals: Tensor) -> Figures:
-        values = evaluate_floor(
-            originals, self.backbone, self.referee, batch_size=self.batch_size, device=self.backbone.mean.device
-        )
-        return {name: bootstrap_mean(value, seed=self.seed) for name, value in values.items()}
+            def round_trip(indices: list[int]) -> Tensor:
+                return rounded(first_stage.decode(first_stage.encode(originals(indices).to(device)))).cpu()
 
-    def _ceiling(self, originals: Tensor) -> Figures:
-        if self.first_stage is None:
-            return {}
-        again = _round_trip(self.first_stage, originals)
-        evaluated = self._paired(originals, again)
-        figures = summarise(
-            evaluated.per_image,
-            evaluated.embeddings_real,
-            evaluated.embeddings_fake,
-            distribution_resamples=self.distribution_resamples,
-        )
-        return figures | self._factors(again)
+            rows[CEILING] = Row(round_trip, range(len(items)))
+        return rows
 
-    def _meta(self, originals: Tensor) -> dict[str, Any]:
-        spec = self.backbone.spec
+    def _write(
+        self,
+        items: StoredItems,
+        numbers: RowEvaluation,
+        contestants: Mapping[str, Contestant],
+        made: Mapping[str, Reconstructions],
+    ) -> dict[str, Any]:
+        tables = Tables(items, numbers, self.judges, self.seed, self.distribution_resamples)
+        floor = tables.references(FLOOR)
+        ceiling = tables.references(CEILING) if self.first_stage is not None else {}
+        span = (floor["cosine"]["value"] or 0.0, (ceiling["cosine"]["value"] or 0.0) if ceiling else 1.0)
+        content: dict[str, Any] = {"meta": self._meta(len(items), contestants), "floor": floor}
+        if (same_class_partner(items.labels) >= 0).any():
+            content["floor_same_class"] = tables.references(SAME_CLASS)
+        content["ceiling"] = ceiling
+        content["inverters"] = {name: tables.figures(name, span) for name in contestants}
+        content["factors"] = tables.factors_of_originals()
+        content["differences"] = tables.differences(list(contestants))
+        content["cases"] = {name: tables.cases(name) for name in contestants}
+        shortest = min(len(m.ids) for m in made.values())
+        if shortest < len(items):
+            few = {name: tables.figures(name, span, shortest) for name in contestants}
+            content["subset"] = {"n": shortest, "inverters": few}
+        write_json(self.out / "metrics.json", content)
+        write_text(self.out / "per_image.csv", tables.per_image(list(contestants)))
+        shutil.rmtree(self.out / ".evaluation")
+        return content
+
+    def _meta(self, count: int, contestants: Mapping[str, Contestant]) -> dict[str, Any]:
+        networks = [*([self.judges.referee_name] if self.judges.referee else []), *self.judges.embedders]
+        warning = f"{count} images (< {SMALL_N:,}): Frechet distances are biased upwards, read the KID."
         return {
-            "images": len(originals),
+            "images": count,
             "size": self.size,
             "seed": self.seed,
-            "features": {"layer": spec.layer, "shape": [spec.channels, spec.height, spec.width]},
-            "distribution": distribution_meta(self.referee_name, len(originals), len(originals), True),
+            "features": described(self.backbone),
+            "rows": {name: described(c.backbone or self.backbone) for name, c in contestants.items()},
+            "distribution": [distribution_meta(network, count, count, True) for network in networks],
+            "warnings": [warning] if networks and count < SMALL_N else [],
+            "skipped": self.skipped,
             "python": platform.python_version(),
         }
+
+
+def _fitted(truth: FactorTruth | None, network: Backbone) -> FactorProbe | None:
+    """A probe of factors, taught with the network's maps of originals."""
+    if truth is None:
+        return None
+    device = network.mean.device
+    with torch.no_grad():
+        inputs = torch.cat([probe_input(network(part.to(device))) for part in truth.images.split(64)])
+    return FactorProbe(truth.schema).fit(inputs, truth.values)
+
+
+def described(backbone: Backbone) -> dict[str, Any]:
+    """Network, layer, shape and depth (0 first, 1 last of the network's listed layers; None if not listed)."""
+    spec, layers = backbone.spec, backbone.layers
+    depth = layers.index(spec.layer) / max(len(layers) - 1, 1) if spec.layer in layers else None
+    return {
+        "network": getattr(backbone, "name", type(backbone).__name__),
+        "layer": spec.layer,
+        "shape": [spec.channels, spec.height, spec.width],
+        "depth": depth,
+    }
 
 
 def evaluate(
@@ -261,50 +280,3 @@ def evaluate(
     """
     rows = {name: Contestant(inverter) for name, inverter in inverters.items()}
     return Benchmark(backbone, items, out, **settings).run(rows)
-
-
-def spec_column(name: str) -> int:
-    """Column of a scene factor."""
-    from featinv.data.scene_factors import FACTOR_INDEX
-
-    return FACTOR_INDEX[name]
-
-
-def scene_truth(count: int = 2000, seed: int = 2, size: int = 64, objects: int = 1) -> FactorTruth:
-    """Render the originals from which the factor probe learns: `count` scenes of a family of their own.
-
-    Args:
-        count: Scenes.
-        seed: Of the family, neither the training's nor the validation's.
-        size: Side of the pictures in pixels.
-        objects: How many objects' factors are read, largest first.
-    """
-    from featinv.data.scene_factors import FACTORS
-    from featinv.data.scenes import render_scenes
-
-    # Angles wrap and heights hide behind perspective; the factors below are what a picture shows plainly.
-    kept = ("shape", "colour", "texture", "size", "image_x", "image_y")
-    names = ["count", "floor_colour", "floor_texture", "sky", "light_elevation", "camera_height"]
-    names += [f"object{k}_{name}" for k in range(objects) for name in kept]
-    by_name = {f.name: FactorSpec(f.name, f.kind, len(f.classes)) for f in FACTORS}
-    columns = [spec_column(name) for name in names]
-    images, values = [], []
-    for start in tqdm(range(0, count, 100), desc="scenes for the factor probe", unit="batch"):
-        picture, factors, _ = render_scenes(seed, range(start, min(start + 100, count)), size)
-        images.append(picture)
-        values.append(factors[:, columns])
-    return FactorTruth(_rounded(torch.cat(images)), torch.cat(values), [by_name[name] for name in names])
-
-
-def read_metrics(path: str | Path) -> dict[str, Any]:
-    """Read a metrics.json.
-
-    Raises:
-        UserError: If it is missing or damaged.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}; run the evaluation first.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and evaluate again.") from error

@@ -3,83 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice, zip_longest
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from featinv.errors import UserError
 from featinv.metrics import distribution, features, images
-
-Embedder = Callable[[Tensor], Tensor]
-
-
-class Network(Protocol):
-    """What a metric asks of a backbone."""
-
-    def __call__(self, images: Tensor) -> Tensor: ...
-
-    def logits_from(self, features: Tensor) -> Tensor: ...
-
-    def logits(self, images: Tensor) -> Tensor: ...
-
-
-class NetworkView:
-    """A batch of pairs as one network sees it; each forward runs once, and only if a metric asks for it."""
-
-    def __init__(self, network: Network, pair: tuple[Tensor, Tensor]) -> None:
-        self._network, self._pair = network, pair
-
-    @cached_property
-    def features(self) -> tuple[Tensor, Tensor]:
-        """Features of originals and reconstructions, each (N, C, H, W)."""
-        original, reconstruction = self._pair
-        return self._network(original), self._network(reconstruction)
-
-    @cached_property
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """Class scores of originals and reconstructions, each (N, K)."""
-        try:
-            original, reconstruction = self.features
-            return self._network.logits_from(original), self._network.logits_from(reconstruction)
-        except UserError:  # the layer does not lead to the head: a forward from the image does
-            original, reconstruction = self._pair
-            return self._network.logits(original), self._network.logits(reconstruction)
-
-
-@dataclass(frozen=True)
-class ImagePairs:
-    """A batch of originals and reconstructions (N, 3, H, W) and the networks' views of them."""
-
-    originals: Tensor
-    reconstructions: Tensor
-    backbone: NetworkView
-    referee: NetworkView | None = None
-    labels: Tensor | None = None
-
-    def seen_by_referee(self) -> NetworkView:
-        """The referee's view.
-
-        Raises:
-            UserError: If there is no referee.
-        """
-        if self.referee is None:
-            raise UserError("This metric needs a referee network; pass one or leave the metric out.")
-        return self.referee
-
-    def known_labels(self) -> Tensor:
-        """The labels (N,).
-
-        Raises:
-            UserError: If there are none.
-        """
-        if self.labels is None:
-            raise UserError("This metric needs labels; pass one per image or leave the metric out.")
-        return self.labels
-
+from featinv.metrics.views import Embedder, ImagePairs, Network, View
 
 METRICS: dict[str, Callable[[ImagePairs], Tensor]] = {
     "cosine": lambda p: features.feature_cosine(*p.backbone.features),
@@ -92,8 +24,11 @@ METRICS: dict[str, Callable[[ImagePairs], Tensor]] = {
     "referee_cosine": lambda p: features.feature_cosine(*p.seen_by_referee().features),
     "referee_top1_agreement": lambda p: features.topk_agreement(*p.seen_by_referee().logits, k=1),
     "referee_top5_agreement": lambda p: features.topk_agreement(*p.seen_by_referee().logits, k=5),
+    "referee_label_accuracy": lambda p: features.label_accuracy(p.seen_by_referee().logits[1], p.known_labels()),
+    "own_cosine": lambda p: features.feature_cosine(*p.seen_by_own().features),
     "psnr": lambda p: images.psnr(p.originals, p.reconstructions),
     "ssim": lambda p: images.ssim(p.originals, p.reconstructions),
+    "lpips": lambda p: p.perceptual_distance(),
 }
 """Per-image metrics: name -> function of a batch of pairs, giving one value per image (N,)."""
 
@@ -130,9 +65,11 @@ def _batches(
         yield _stacked(first), _stacked(second)
 
 
-def _default_metrics(has_referee: bool, has_labels: bool) -> list[str]:
-    names = [name for name in METRICS if has_referee or not name.startswith("referee_")]
-    return [name for name in names if has_labels or name != "label_accuracy"]
+def possible_metrics(*, referee: bool, labels: bool, own: bool = False, perceptual: bool = False) -> list[str]:
+    """Names in `METRICS` that these parts allow."""
+    refused = {"referee_": not referee, "own_": not own, "lpips": not perceptual}
+    names = [name for name in METRICS if not any(name.startswith(k) and off for k, off in refused.items())]
+    return [name for name in names if labels or "label" not in name]
 
 
 @torch.no_grad()
@@ -175,7 +112,8 @@ def evaluate_images(
         UserError: If a metric is unknown or cannot be computed, lengths or sizes differ, or there are no
             images.
     """
-    names = list(metrics) if metrics is not None else _default_metrics(referee is not None, labels is not None)
+    allowed = possible_metrics(referee=referee is not None, labels=labels is not None)
+    names = list(metrics) if metrics is not None else allowed
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise UserError(f"Unknown metric {unknown[0]!r}; choose from {', '.join(METRICS)}.")
@@ -187,14 +125,17 @@ def evaluate_images(
     done = 0
     for original, reconstruction in _batches(originals, reconstructions, batch_size):
         pair = original.to(device), reconstruction.to(device)
-        views = NetworkView(backbone, pair), NetworkView(referee, pair) if referee is not None else None
+        views = [
+            None if network is None else View(network, pair[0]).against(pair[1]) for network in (backbone, referee)
+        ]
         batch_labels = None if labels is None else labels[done : done + len(original)]
-        pairs = ImagePairs(*pair, *views, labels=batch_labels)
+        pairs = ImagePairs(*pair, *views, labels=batch_labels)  # type: ignore[arg-type]
         for name in names:
             values[name].append(METRICS[name](pairs).cpu())
-        for name, (a, b) in _embed(pairs, referee_name, embedders or {}).items():
-            real.setdefault(name, []).append(a.float().cpu())
-            fake.setdefault(name, []).append(b.float().cpu())
+        for side, images_, number in ((real, pair[0], 0), (fake, pair[1], 1)):
+            seen = None if pairs.referee is None else pairs.referee[number]
+            for name, rows in embed(images_, seen, referee_name, embedders or {}).items():
+                side.setdefault(name, []).append(rows)
         done += len(original)
     if done == 0:
         raise UserError("There are no images to evaluate; check the folder or the filter that chose them.")
@@ -207,12 +148,14 @@ def _joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def _embed(pairs: ImagePairs, referee_name: str, embedders: Mapping[str, Embedder]) -> dict[str, tuple[Tensor, Tensor]]:
-    found = {name: (embed(pairs.originals), embed(pairs.reconstructions)) for name, embed in embedders.items()}
-    if pairs.referee is not None:
-        original, reconstruction = pairs.referee.features
-        found[referee_name] = distribution.pooled(original), distribution.pooled(reconstruction)
-    return found
+def embed(
+    images_: Tensor, referee: View | None, referee_name: str, embedders: Mapping[str, Embedder]
+) -> dict[str, Tensor]:
+    """Embeddings (N, D) of images (N, 3, H, W) by network name, on the CPU; the referee's are its pooled features."""
+    found = {name: embedder(images_) for name, embedder in embedders.items()}
+    if referee is not None:
+        found[referee_name] = distribution.pooled(referee.features)
+    return {name: rows.float().cpu() for name, rows in found.items()}
 
 
 def derangement(n: int, seed: int = 0) -> Tensor:
@@ -226,6 +169,24 @@ def derangement(n: int, seed: int = 0) -> Tensor:
     cycle = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     partner = torch.empty_like(cycle)
     partner[cycle] = cycle.roll(1)
+    return partner
+
+
+def same_class_partner(labels: Tensor, seed: int = 0) -> Tensor:
+    """Pair each image with another one of its class: one random cycle through each class.
+
+    Args:
+        labels: (N,), -1 where unknown.
+        seed: Seed of the pairing.
+
+    Returns:
+        (N,) positions; -1 for images whose class is unknown or has no other image.
+    """
+    partner = torch.full((len(labels),), -1)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        if label >= 0 and len(members) > 1:
+            partner[members] = members[derangement(len(members), seed)]
     return partner
 
 

@@ -8,11 +8,10 @@ figure carries its network's name (`fd_mobilenetv2`); only Inception with its ow
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 import torchmetrics
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from featinv.errors import UserError
@@ -23,8 +22,6 @@ SMALL_N = 2048
 """Below this many images a Fréchet distance says little: its bias falls only as 1/N."""
 
 _BLOCK = 1024  # rows of a pairwise matrix held at a time, so that memory grows with N and not with N^2
-
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -207,6 +204,35 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> tuple[Tensor,
     return _in_manifold(fake, real, k).double(), _in_manifold(real, fake, k).double()
 
 
+def identification(real: Tensor, fake: Tensor) -> Tensor:
+    """Whether a reconstruction gives its original away: is that the nearest of all originals, by cosine?
+
+    How much identifies the original depends on how many originals there are to confuse it with: chance is 1 / N.
+
+    Args:
+        real: Embeddings of the originals (N, D).
+        fake: Embeddings of their reconstructions, in the same order (N, D).
+
+    Returns:
+        (N,) float64, 0 or 1; an equally near other original counts against it.
+
+    Raises:
+        UserError: If the shapes differ or a value is not finite.
+    """
+    real, fake = _checked(real, fake, minimum=1)
+    if len(real) != len(fake):
+        raise UserError(f"Identification needs pairs, not {len(real)} originals and {len(fake)} reconstructions.")
+    normalise = torch.nn.functional.normalize
+    real, hits = normalise(real), []
+    for start in range(0, len(fake), _BLOCK):
+        cosines = normalise(fake[start : start + _BLOCK]) @ real.T
+        rows = torch.arange(len(cosines))
+        own = cosines[rows, rows + start].clone()
+        cosines[rows, rows + start] = -torch.inf
+        hits.append(own > cosines.amax(1))
+    return torch.cat(hits).double()
+
+
 def distribution_meta(
     network: str, n_real: int, n_fake: int, antialias: bool | None
 ) -> dict[str, str | int | bool | None]:
@@ -226,48 +252,3 @@ def distribution_meta(
         "torch": str(torch.__version__),
         "torchmetrics": torchmetrics.__version__,
     }
-
-
-class _InceptionEmbedder(nn.Module):
-    """Inception's 2048 pooled features of [0, 1] images, which it takes as bytes."""
-
-    def __init__(self, inception: nn.Module) -> None:
-        super().__init__()
-        self.inception = inception
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.inception((images.clamp(0, 1) * 255).round().byte())
-
-
-def inception_embedder(weights: str | Path | None = None, *, antialias: bool = True) -> nn.Module:
-    """The Inception network of FID, through torchmetrics; nothing is downloaded.
-
-    Args:
-        weights: Path of `weights-inception-2015-12-05-6726825d.pth`; by default it is looked for in
-            torch.hub's cache.
-        antialias: Whether the resize to 299 pixels antialiases (torchmetrics' default; older libraries do
-            not).
-
-    Returns:
-        A frozen module, images (N, 3, H, W) in [0, 1] -> (N, 2048). Name it "inception" to get `fid` and
-        `kid`.
-
-    Raises:
-        UserError: If the weights or the package torch-fidelity are missing.
-    """
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
-    if not path.is_file():
-        raise UserError(
-            f"There are no Inception weights at {path}; put {INCEPTION_WEIGHTS} there or use another network."
-        )
-    try:
-        network = NoTrainInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path), antialias=antialias
-        )
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "FID needs the package torch-fidelity; install it with `pip install torch-fidelity`."
-        ) from error
-    return _InceptionEmbedder(network.requires_grad_(False)).eval()

@@ -138,7 +138,13 @@ class FactorProbe:
             UserError: If shapes disagree, something is not finite, or the probe is not fitted.
         """
         embeddings, values = self._check(embeddings, values)
-        predicted = self.predict(embeddings)
+        return self.score_predicted(self.predict(embeddings), values, seed=seed, resamples=resamples)
+
+    def score_predicted(
+        self, predicted: Tensor, values: Tensor, *, seed: int = 0, resamples: int = 1000
+    ) -> dict[str, Interval]:
+        """As `score`, from predictions (N, F) that were made batch by batch."""
+        predicted, values = predicted.double().cpu(), values.double().cpu()
         scores = {}
         for k, spec in enumerate(self.schema):
             known = ~values[:, k].isnan()
@@ -150,6 +156,21 @@ class FactorProbe:
             else:
                 scores[spec.name] = bootstrap_r2(truth, guess, seed=seed, resamples=resamples)
         return scores
+
+    def class_accuracy(self, predicted: Tensor, values: Tensor) -> Tensor:
+        """Share of each image's categorical factors that are predicted right.
+
+        Args:
+            predicted: (N, F).
+            values: (N, F), NaN where a factor does not apply.
+
+        Returns:
+            (N,) float64; NaN for an image without any.
+        """
+        columns = [k for k, spec in enumerate(self.schema) if spec.kind == "categorical" and spec.name in self._heads]
+        truth, guess = values[:, columns].double().cpu(), predicted[:, columns].double().cpu()
+        right = (truth == guess).double().masked_fill(truth.isnan(), torch.nan)
+        return right.nanmean(1)
 
     def _standardise(self, embeddings: Tensor) -> Tensor:
         if self._mean.numel() == 0:

@@ -17,7 +17,8 @@ One 8-bit step in one channel of one pixel of a 256 x 256 image is 101 dB: the c
 SSIM_MIN_SIZE = 11
 
 
-def _check_images(original: Tensor, reconstruction: Tensor) -> None:
+def check_images(original: Tensor, reconstruction: Tensor) -> None:
+    """Raise `UserError` unless both are images of one shape (N, 3, H, W)."""
     if original.shape != reconstruction.shape or original.ndim != 4:
         raise UserError(
             f"Originals {tuple(original.shape)} and reconstructions {tuple(reconstruction.shape)} must have "
@@ -38,7 +39,7 @@ def psnr(original: Tensor, reconstruction: Tensor) -> Tensor:
     Raises:
         UserError: If the shapes differ.
     """
-    _check_images(original, reconstruction)
+    check_images(original, reconstruction)
     values = peak_signal_noise_ratio(
         reconstruction.double(), original.double(), data_range=1.0, dim=(1, 2, 3), reduction="none"
     )
@@ -58,7 +59,7 @@ def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     Raises:
         UserError: If the shapes differ or the images are smaller than the window.
     """
-    _check_images(original, reconstruction)
+    check_images(original, reconstruction)
     if min(original.shape[2:]) < SSIM_MIN_SIZE:
         raise UserError(f"SSIM needs images of at least 11 x 11 pixels, not {tuple(original.shape[2:])}.")
     values = structural_similarity_index_measure(

@@ -90,10 +90,13 @@ def bootstrap_r2(
     if n < 2 or bool((truth == truth[0]).all()):
         return Interval(value=None, low=None, high=None, n=n)
     value = float(1 - squared_error.mean() / truth.var(correction=0))
-    picks = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
-    drawn = truth[picks]
-    varies = (drawn != drawn[:, :1]).any(1)
-    r2 = 1 - squared_error[picks][varies].mean(1) / drawn[varies].var(1, correction=0)
+    generator, values, per_chunk = torch.Generator().manual_seed(seed), [], max(1, _CHUNK // n)
+    for start in range(0, resamples, per_chunk):
+        picks = torch.randint(n, (min(per_chunk, resamples - start), n), generator=generator)
+        drawn = truth[picks]
+        varies = (drawn != drawn[:, :1]).any(1)
+        values.append(1 - squared_error[picks][varies].mean(1) / drawn[varies].var(1, correction=0))
+    r2 = torch.cat(values)
     low, high = _quantiles(r2, level) if len(r2) else (None, None)
     return Interval(value=value, low=low, high=high, n=n)
 

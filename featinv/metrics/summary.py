@@ -42,11 +42,18 @@ def _recall(real: Tensor, fake: Tensor, resamples: int, seed: int) -> Interval:
     return bootstrap_mean(distribution.precision_recall(real, fake)[1], seed=seed)
 
 
+def _identified(real: Tensor, fake: Tensor, resamples: int, seed: int) -> Interval:
+    if len(real) != len(fake):
+        return Interval(value=None, low=None, high=None, n=0)
+    return bootstrap_mean(distribution.identification(real, fake), seed=seed)
+
+
 DISTRIBUTION_METRICS: dict[str, DistributionMetric] = {
     "fd": _frechet,
     "kid": _kernel,
     "precision": _precision,
     "recall": _recall,
+    "identified": _identified,
 }
 """Distribution metrics: name -> function of (real, fake, resamples, seed) giving an interval."""
 

@@ -76,11 +76,11 @@ def activity_figure(path: Path, found: Sequence[ChannelActivity]) -> None:
     figure = _canvas(2.2 * len(found), 4.2)
     for column, activity in zip(figure.subplots(2, len(found), squeeze=False).T, found, strict=True):
         shares = activity.position_share.sort(descending=True).values
-        column[0].fill_between(range(len(shares)), shares, step="mid")
+        column[0].fill_between(range(len(shares)), shares.tolist(), step="mid")
         column[0].set(title=f"{activity.layer}\n{activity.dead_count} of {len(shares)} dead", ylim=(0, 1))
         column[0].set_xlabel("channels, sorted")
         where = activity.inactive_units.double().mean(0)
-        column[1].imshow(where, vmin=0, vmax=1, cmap="magma")
+        column[1].imshow(where.numpy(), vmin=0, vmax=1, cmap="magma")
         column[1].set(xticks=[], yticks=[], title=f"inactive units\n{100 * float(where.mean()):.1f} %")
     figure.axes[0].set_ylabel("share of positions active")
     _save(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ th:first-child,td:first-child{text-align:left}td small{color:#777}thead th{borde
 .strip td{border:0;padding:1px;text-align:center}.strip th{border:0;font-weight:normal;text-align:left}
 img{image-rendering:pixelated}.note{color:#555}pre{background:#f5f5f5;padding:.7em;overflow:auto}
 """
-LOWER_IS_BETTER = ("l2", "fd_", "kid", "fid")
+LOWER_IS_BETTER = ("l2", "lpips", "fd_", "kid", "fid")
 
 
 def picture_tag(image: Tensor, scale: int = 1, title: str = "") -> str:
@@ -70,14 +70,18 @@ def figure_text(interval: Mapping[str, Any] | None, digits: int = 3) -> str:
     return f"{value} <small>[{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]</small>"
 
 
-def figure_table(rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
+def figure_table(
+    rows: Mapping[str, Mapping[str, Any]],
+    metrics: Sequence[str],
+    cell: Callable[[Mapping[str, Any] | None], str] = figure_text,
+) -> str:
     """A table of figures: one line for each row, one column for each metric; ↓ marks metrics where less is better."""
     arrows = {m: " ↓" if m.startswith(LOWER_IS_BETTER) else "" for m in metrics}
     head = "".join(f"<th>{html.escape(m)}{arrows[m]}</th>" for m in metrics)
     lines = []
     for name, figures in rows.items():
         n = next((f["n"] for f in figures.values() if f), "")
-        cells = "".join(f"<td>{figure_text(figures.get(m))}</td>" for m in metrics)
+        cells = "".join(f"<td>{cell(figures.get(m))}</td>" for m in metrics)
         lines.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{n}</td></tr>")
     return f"<table><thead><tr><th></th>{head}<th>n</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
 

@@ -1,0 +1,74 @@
+"""Work shared by the processes that torchrun starts; without torchrun there is one process, and nothing changes.
+
+torchrun --nproc-per-node 4 -m eval.benchmark ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def process_rank() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, (0, 1) outside distributed runs."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    # A DataLoader worker that was spawned rather than forked knows only the launcher's variables.
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other processes of torchrun for the length of the block."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    # Only small objects travel, so gloo does on GPUs too; one process may wait long for another's pictures.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device() -> torch.device:
+    """Return the GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def own_share(parts: Sequence[T]) -> list[T]:
+    """Every so manieth part, beginning at this process's rank: together the processes have each part once."""
+    rank, world = process_rank()
+    return list(parts[rank::world])
+
+
+def first_does(work: Callable[[], T]) -> T:
+    """Let the first process do something while the others wait; all get its result, or its error."""
+    if not dist.is_available() or not dist.is_initialized():
+        return work()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except Exception as error:  # raised below, in every process
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

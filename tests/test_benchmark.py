@@ -1,0 +1,268 @@
+"""The benchmark as a whole: reference rows, damaged pictures, other backbones, two processes, memory."""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_first_stage
+from torch import Tensor
+
+from featinv import metrics as M
+from featinv.backbones import load_backbone
+from featinv.errors import UserError
+from featinv.image import load_png, to_uint8
+from featinv.inverters.reconstruct import Reconstructions, is_whole, reconstruct
+from featinv.inverters.retrieval import RetrievalInverter
+from featinv.metrics.benchmark import Benchmark, Contestant
+from featinv.metrics.rows import Judges, Row, evaluate_rows
+from featinv.processes import first_does, own_share, process_group, process_rank
+from featinv.report.benchmark import write_benchmark
+
+
+def images(count: int, seed: int = 0, size: int = 32) -> Tensor:
+    """Smooth random pictures."""
+    small = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(small, size, mode="bilinear")
+
+
+def items(count: int, seed: int = 0) -> list[dict]:
+    return [{"image": x, "label": i % 3, "id": f"image-{i}"} for i, x in enumerate(images(count, seed))]
+
+
+class Painter:
+    """Colours by the features, noise by the seed; counts what it is asked for."""
+
+    size = 32
+
+    def __init__(self, noise: float = 0.1) -> None:
+        self.noise, self.asked = noise, 0
+
+    def invert(self, features: Tensor, *, seeds) -> Tensor:
+        self.asked += len(features)
+        colour = torch.sigmoid(features.flatten(2).mean(2)[:, :3] * 3)[:, :, None, None].expand(-1, 3, 32, 32)
+        rows = [torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return (colour + self.noise * torch.stack(rows)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def other() -> torch.nn.Module:
+    return load_backbone("resnet10t", layer="layer2", pretrained=False, input_size=32)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, backbone, other):
+    out = tmp_path_factory.mktemp("benchmark")
+    benchmark = Benchmark(
+        backbone, items(14), out, referee=other, first_stage=tiny_first_stage(), size=32, distribution_resamples=2
+    )
+    rows = {
+        "a": Contestant(Painter()),
+        "b": Contestant(Painter(0.4), limit=9),
+        "c": Contestant(Painter(), backbone=other),
+    }
+    return out, benchmark, benchmark.run(rows, samples=2)
+
+
+def test_every_row_is_what_a_direct_evaluation_gives(finished, backbone, other) -> None:
+    out, _, content = finished
+    originals = to_uint8(images(14)).float() / 255
+    assert torch.allclose(Reconstructions(out / "a").originals(), originals, atol=1e-6)
+    for name, n in (("a", 14), ("b", 9), ("c", 14)):
+        pictures = Reconstructions(out / name).samples(0)
+        direct = M.evaluate_images(originals[:n], pictures, backbone, other)
+        for metric, values in direct.per_image.items():
+            figure = content["inverters"][name][metric]
+            assert figure["value"] == pytest.approx(values.mean().item(), abs=1e-5) and figure["n"] == n
+        pair = direct.embeddings_real["mobilenetv2"], direct.embeddings_fake["mobilenetv2"]
+        assert content["inverters"][name]["fd_mobilenetv2"]["value"] == pytest.approx(
+            M.frechet_distance(*pair), rel=1e-3
+        )
+    partner = M.derangement(14, 0)
+    cosine = M.feature_cosine(backbone(originals), backbone(originals[partner])).mean().item()
+    assert content["floor"]["cosine"]["value"] == pytest.approx(cosine, abs=1e-5)
+    same = M.same_class_partner(torch.arange(14) % 3, 0)
+    psnr = M.psnr(originals, originals[same]).mean().item()
+    assert content["floor_same_class"]["psnr"]["value"] == pytest.approx(psnr, abs=1e-5)
+    assert content["ceiling"]["psnr"]["n"] == 14 and "label_accuracy" not in content["inverters"]["a"]
+
+
+def test_an_inverter_of_other_features_is_judged_in_both_networks(finished, other) -> None:
+    out, _, content = finished
+    originals, pictures = (Reconstructions(out / "c").originals(), Reconstructions(out / "c").samples(0))
+    own = M.feature_cosine(other(originals), other(pictures)).mean().item()
+    assert content["inverters"]["c"]["own_cosine"]["value"] == pytest.approx(own, abs=1e-5)
+    assert "own_cosine" not in content["inverters"]["a"]
+    assert content["meta"]["rows"]["c"]["layer"] == "layer2" and content["meta"]["rows"]["a"]["depth"] == 1.0
+
+
+def test_diversity_subset_differences_and_cases(finished, backbone, other) -> None:
+    out, _, content = finished
+    made = Reconstructions(out / "a")
+    samples = torch.stack([made.samples(0), made.samples(1)], 1)
+    assert content["inverters"]["a"]["pixel_diversity"]["value"] == pytest.approx(
+        M.pixel_diversity(samples).mean().item()
+    )
+    assert content["inverters"]["b"]["pixel_diversity"]["value"] > content["inverters"]["a"]["pixel_diversity"]["value"]
+    assert content["subset"]["n"] == 9 and content["subset"]["inverters"]["a"]["cosine"]["n"] == 9
+    psnr = [M.psnr(m.originals(), m.samples(0)) for m in (made, Reconstructions(out / "b"))]
+    difference = content["differences"]["rows"]["b"]["psnr"]
+    assert (
+        difference["value"] == pytest.approx((psnr[1] - psnr[0][:9]).mean().item(), abs=1e-4) and difference["high"] < 0
+    )
+    referee = M.feature_cosine(other(made.originals()), other(made.samples(0)))
+    cases = content["cases"]["a"]
+    assert cases["worst"][0] == f"image-{referee.argmin()}" and cases["best"][-1] == f"image-{referee.argmax()}"
+    lines = (out / "per_image.csv").read_text().splitlines()
+    assert len(lines) == 1 + 14 + 9 + 14 and lines[0].startswith("row,id,cosine")
+
+
+def test_the_page_says_what_must_stand_beside_the_figures(finished) -> None:
+    out, _, content = finished
+    content["meta"]["skipped"] = {"lpips": "no weights"}
+    write_benchmark(out, content, "title")
+    table, page = (out / "table.md").read_text(), (out / "report.html").read_text()
+    for words in ("antialias = True", "N = 14", "torchmetrics", "read the KID", "Skipped lpips: no weights"):
+        assert words in table and words in page
+    for words in ("floor (another of the class)", "worst: original", "n.s.", "identified_mobilenetv2"):
+        assert words in page
+    assert 'src="http' not in page and not (out / ".evaluation").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "one bit", "other size"])
+def test_a_damaged_reconstruction_is_found_and_remade(tmp_path, backbone, damage) -> None:
+    inverter, data = Painter(), items(5)
+    reconstruct(inverter, backbone, data, tmp_path, size=32)
+    path = tmp_path / "samples" / "image-2_0.png"
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other size":
+        path.write_bytes(_png_of(tmp_path, 16))
+    else:
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] if damage == "cut" else _flipped(whole, middle))
+    assert not is_whole(path, 32)
+    inverter.asked = 0
+    reconstruct(inverter, backbone, data, tmp_path, size=32)
+    assert inverter.asked == 1 and path.read_bytes() == whole
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        reconstruct(inverter, backbone, data, tmp_path, size=32)
+
+
+def _flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def _png_of(folder: Path, size: int) -> bytes:
+    from featinv.image import save_png
+
+    save_png(folder / "other.png", torch.rand(3, size, size))
+    return (folder / "other.png").read_bytes()
+
+
+def test_a_diverged_inverter_is_named_and_nothing_is_stored(tmp_path, backbone) -> None:
+    class Broken(Painter):
+        def invert(self, features, *, seeds):
+            return super().invert(features, seeds=seeds) * float("nan")
+
+    with pytest.raises(UserError, match="not finite"):
+        reconstruct(Broken(), backbone, items(2), tmp_path, size=32)
+    assert not list(tmp_path.glob("samples/*.png"))
+
+
+def test_retrieval_is_the_search_by_hand_and_finds_itself(backbone) -> None:
+    train, asked = items(40), images(6, seed=9)
+    inverter = RetrievalInverter(backbone, train, size=32, batch_size=7)
+    features = backbone(asked)
+    everything = backbone(images(40)).flatten(1)
+    expected = torch.nn.functional.cosine_similarity(features.flatten(1)[:, None], everything[None], dim=2)
+    positions, cosines = inverter.nearest(features)
+    assert torch.equal(positions, expected.argmax(1)) and torch.allclose(cosines, expected.amax(1), atol=1e-3)
+    assert torch.equal(inverter.invert(features, seeds=range(6)), images(40)[positions])
+    assert torch.equal(inverter.nearest(backbone(images(40)[:5]))[0], torch.arange(5))
+    few = RetrievalInverter(backbone, train, size=16, count=3)
+    assert few.index.shape[0] == 3 and few.invert(features, seeds=range(6)).shape == (6, 3, 16, 16)
+    with pytest.raises(UserError, match="at least one"):
+        RetrievalInverter(backbone, [])
+
+
+def test_originals_are_seen_once_whatever_the_number_of_rows(tmp_path, backbone) -> None:
+    seen = 0
+
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            nonlocal seen
+            seen += len(x)
+            return backbone(x)
+
+        def logits_from(self, features):
+            return backbone.logits_from(features)
+
+    pictures, held = images(10), []
+
+    def originals(indices):
+        held.append(len(indices))
+        return pictures[indices]
+
+    rows = {str(k): Row(lambda indices: pictures[indices].flip(3), range(10 - k)) for k in range(3)}
+    numbers = evaluate_rows(originals, 10, rows, Judges(Counting()), tmp_path / "scratch", batch_size=4)
+    assert seen == 10 + 10 + 9 + 8 and held == [4, 4, 2]  # never more than a batch
+    assert numbers.indices("2").tolist() == list(range(8)) and len(numbers.values("1")["psnr"]) == 9
+
+
+def _run(out: Path) -> None:
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
+    benchmark = Benchmark(backbone, items(11), out, referee=backbone, size=32, batch_size=3, distribution_resamples=2)
+    benchmark.run({"a": Contestant(Painter()), "b": Contestant(Painter(0.3), limit=7)}, samples=2)
+
+
+def _in_two_processes(work: Callable[[], None]) -> None:
+    """As torchrun starts them, but forked: new interpreters would spend most of the test importing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def joined(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with process_group():
+            work()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=joined, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_two_processes_make_the_pictures_and_figures_of_one(tmp_path) -> None:
+    _run(tmp_path / "one")
+    _in_two_processes(lambda: _run(tmp_path / "two"))
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    for path in (tmp_path / "one").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+    assert load_png(tmp_path / "two" / "a" / "samples" / "image-10_1.png").shape == (3, 32, 32)
+
+
+def test_processes_share_the_parts_and_an_error_of_the_first_reaches_all(tmp_path) -> None:
+    def work() -> None:
+        rank = process_rank()[0]
+        (tmp_path / f"share-{rank}").write_text(str(own_share(list(range(5)))))
+        with pytest.raises(UserError, match="disk"):
+            first_does(_full)
+        assert first_does(lambda: rank) == 0
+
+    _in_two_processes(work)
+    assert [(tmp_path / f"share-{rank}").read_text() for rank in (0, 1)] == ["[0, 2, 4]", "[1, 3]"]
+
+
+def _full() -> None:
+    raise UserError("the disk is full.")
