@@ -21,6 +21,7 @@ from featinv.config import instantiate
 from featinv.errors import exit_on_user_error
 from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
 from featinv.training.module import InversionModule
+from featinv.training.plan import plan
 from featinv.training.probe import FeatureProbe
 from featinv.training.rows import held_out_images, keep_config, prepare, training_rows
 from featinv.training.runner import fit
@@ -33,9 +34,13 @@ def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = 
     Args:
         config: See configs/experiment.
         out: The run's folder.
-        dry_run: Build everything, print its parts and sizes, and stop.
+        dry_run: Build everything without weights, print parts, memory and time, and stop (`featinv.training.plan`).
         changed: Go on with a run that was begun with another configuration.
     """
+    if dry_run:
+        for line in plan(config):
+            print(line, flush=True)
+        return
     settings = config.training
     pl.seed_everything(settings.seed, verbose=False)
     backbone = instantiate(config.backbone, where="backbone")
@@ -50,8 +55,6 @@ def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = 
         described=about(config, inverter, backbone.spec),
     )
     print(describe(config, module))
-    if dry_run:
-        return
     keep_config(config, out, changed)
     dataset, probe_images = training_rows(config, module, out), held_out_images(config, settings.probe_images)
     prepare(module, dataset, settings.prepare_images, out)
@@ -88,7 +91,7 @@ def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = 
 def main() -> None:
     """Read the command line, train."""
     flags = {
-        "dry-run": "build everything, print parts and sizes, and stop",
+        "dry-run": "build everything without weights, print parts, memory and predicted time, and stop",
         "changed": "go on with a run that was begun with other settings",
     }
     command = parse_command_line(__doc__ or "", "scenes64", flags)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -36,14 +37,14 @@ def to_folders(source: Path, config_path: Path | None, backbone: str | None, out
     config = load_config("reference", [f"backbone={backbone}"])
     inverter = import_ldm(source, config_path)
     spec = instantiate(without_weights(OmegaConf.to_container(config.backbone)), where="backbone").spec  # type: ignore[arg-type]
-    encoder = inverter.encoder
+    encoder: Any = inverter.encoder
     check_spec(FeatureSpec(encoder.spec.channels, encoder.spec.height, encoder.spec.width, spec.layer), spec)
     inverter.prior.save_pretrained(out / "prior", dtype)
     config.prior = str((out / "prior").resolve())
     config.conditioning.params.hidden = encoder.conv1.out_channels
     config.inverter.params |= {"sampler": inverter.sampler, "num_inference_steps": inverter.num_inference_steps}
     config.inverter.params.guidance.params.scale = inverter.guidance.scale  # type: ignore[attr-defined]
-    save_inverter(out / INVERTER_FILE, inverter, about(config, inverter, spec), dtype, {"source": source.name})
+    save_inverter(out / INVERTER_FILE, inverter, about(config, inverter, spec), dtype, {"source": source.name})  # type: ignore[arg-type]
     print(f"{out} holds the inverter: python sample.py inverter={out} image=PICTURE")
 
 
@@ -54,7 +55,7 @@ def to_ldm(source: Path, out: Path, half: bool) -> None:
         if not isinstance(inverter, DiffusionInverter):
             raise UserError(f"{source} holds no diffusion inverter.")
         state, config = export_inverter(inverter), export_config(inverter.prior)
-        spec = inverter.encoder.spec
+        spec: Any = inverter.encoder.spec
         config["control"] = {"feature_channels": spec.channels, "feature_size": [spec.height, spec.width]}
         config["schedule"] |= {"ddim_steps": inverter.num_inference_steps}
         config["schedule"] |= {"guidance_scale": getattr(inverter.guidance, "scale", 1.0)}

@@ -71,13 +71,14 @@ def import_ldm(checkpoint_path: str | Path, config_path: str | Path | None = Non
 def _fill(inverter: DiffusionInverter, checkpoint: LdmCheckpoint, layers: list[tuple[Tensor, Tensor]]) -> None:
     load_branch(checkpoint, inverter.branch, inverter.prior.unet)
     encoder = inverter.encoder
+    assert isinstance(encoder, PublishedEncoder)
     for convolution, (weight, bias) in zip((encoder.conv1, encoder.conv2, encoder.out), layers, strict=True):
         if convolution.weight.shape != weight.shape:
             raise UserError(
                 f"a convolution of the hint block is {tuple(weight.shape)}, not {tuple(convolution.weight.shape)}."
             )
         convolution.weight.copy_(weight)
-        convolution.bias.copy_(bias)
+        convolution.bias.copy_(bias)  # type: ignore[union-attr]
     # The published code drops features by setting them to zero before the hint block; away from the edges that is one
     # vector for every position, which is what our empty embedding is.
     nothing = encoder(torch.zeros(1, encoder.spec.channels, encoder.spec.height, encoder.spec.width))[0]

@@ -1,0 +1,266 @@
+"""How much faster our default is than the published way of working, on networks of the same size with random weights.
+
+python -m eval.speed                      the paper's networks (859.5 M + 368.7 M parameters); about 30 GB of memory
+python -m eval.speed --size small         small ones, to try it out
+python -m eval.speed --batch 8 --repeats 5 --compile --out runs/speed8
+
+reference  the published code's way: features one image at a time, first stage and text encoder in every step, fp32;
+           sampling one image at a time, DDIM 50, two evaluations a step, the hint block in each
+default    ours: latents and features from a cache, the prompts' embeddings kept, bf16 where the hardware has it,
+           channels_last, fused AdamW, a weight average; sampling in batches, the embedding once for each image,
+           UniPC 10, no guidance
+
+This is speed alone; how well each samples is the business of eval.benchmark. Weights are random: they change no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from featinv.backbones import Backbone, without_weights
+from featinv.config import instantiate, load_config
+from featinv.diffusion.architectures import ARCHITECTURES, random_prior
+from featinv.diffusion.samplers import sample
+from featinv.errors import exit_on_user_error
+from featinv.files import write_json
+from featinv.inverters.build import build_inverter
+from featinv.inverters.diffusion import DiffusionInverter
+from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
+from featinv.training.ema import EMA
+from featinv.training.precision import fast_bfloat16
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one way of working.
+
+    Attributes:
+        images_per_second: Of training steps, or drawn.
+        share: Of the matrix-multiply peak in the same number format.
+        gigabytes: Largest memory, weights and all.
+    """
+
+    images_per_second: float
+    share: float
+    gigabytes: float
+
+
+@dataclass
+class Networks:
+    """Everything one way of working needs."""
+
+    inverter: DiffusionInverter
+    backbone: Backbone
+    images: Tensor
+    device: torch.device
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(len(self.images)))
+
+
+def networks(experiment: str, size: str, batch: int, device: torch.device) -> Networks:
+    """The inverter of an experiment with random weights."""
+    overrides = [] if size != "small" else ["backbone=efficientnet_lite0", "backbone.params.input_size=64"]
+    config = load_config(experiment, overrides)
+    backbone = instantiate(without_weights(OmegaConf.to_container(config.backbone)), where="backbone").to(device)  # type: ignore[arg-type]
+    inverter = build_inverter(config, backbone.spec, backbone, random_prior(size)).to(device)  # type: ignore[attr-defined]
+    images = torch.rand(batch, 3, inverter.size, inverter.size, device=device)
+    return Networks(inverter, backbone, images, device)
+
+
+def text_encoder(width: int, device: torch.device) -> Callable[[int], Tensor]:
+    """CLIP's text tower (123.1 M parameters at width 768), as the published code runs it in every step."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    heads = max(1, width // 64)
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads)
+    tower = CLIPTextModel(config).eval().requires_grad_(False).to(device)
+    ids = torch.full((1, 77), 49407, device=device)
+    return lambda n: tower(ids.expand(n, -1)).last_hidden_state
+
+
+def reference_training(nets: Networks, text: Callable[[int], Tensor]) -> Callable[[], Any]:
+    """A step of the published code: nothing cached, fp32, no average."""
+    inverter = nets.inverter
+    inverter._unet[0].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(inverter.trainable_parameters(), lr=1e-5)
+
+    def step() -> None:
+        with torch.no_grad():
+            features = torch.cat([nets.backbone(image[None]) for image in nets.images])
+            inverter.prior.text["prompt"].copy_(text(len(features))[:1])
+        inverter.training_losses(nets.images, features, seeds=nets.seeds)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def default_training(nets: Networks) -> Callable[[], Any]:
+    """A step of ours: latents and features from the cache, bf16."""
+    inverter = nets.inverter
+    optimizer = torch.optim.AdamW(inverter.trainable_parameters(), lr=1e-5, fused=True)
+    average = EMA({k: p for k, p in inverter.named_parameters() if p.requires_grad})
+    with torch.no_grad():
+        features, latents = nets.backbone(nets.images), inverter.prior.first_stage.encode(nets.images)
+
+    def step() -> None:
+        with _bfloat16(nets.device):
+            loss = inverter.training_losses(nets.images, features, seeds=nets.seeds, latents=latents)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    return step
+
+
+@torch.no_grad()
+def reference_sampling(nets: Networks, text: Callable[[int], Tensor], steps: int) -> None:
+    """Draw one image with `steps` steps of guided DDIM, the published code's way."""
+    inverter = nets.inverter
+    features = nets.backbone(nets.images[:1])
+    inverter.prior.text["prompt"].copy_(text(1))
+    inverter.prior.text["null"].copy_(text(1))
+    noise = torch.randn(1, *inverter.prior.latent_shape, device=nets.device)
+
+    def denoise(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
+        # Both evaluations run the hint block, which lies inside the published branch.
+        conditional = inverter.unet(noisy_latents, timestep, inverter.conditions(features))
+        dropped = inverter.unet(noisy_latents, timestep, inverter.conditions(features).without(["text"]))
+        return dropped + 1.75 * (conditional - dropped)
+
+    latents = sample(denoise, noise, inverter.prior.scheduler, "ddim_leading", steps)
+    inverter.prior.first_stage.decode(latents)
+
+
+@torch.no_grad()
+def default_sampling(nets: Networks) -> None:
+    """Draw a batch our way."""
+    with _bfloat16(nets.device):
+        nets.inverter.invert(nets.backbone(nets.images), seeds=nets.seeds)
+
+
+def _bfloat16(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16() else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, floating-point operations and peak bytes of one piece of work."""
+
+    seconds: float
+    flops: float
+    bytes: int
+
+    def figures(self, images: int, peak: float) -> Figures:
+        """Of work that handled `images` images, where the machine does `peak` operations a second."""
+        return Figures(images / self.seconds, self.flops / self.seconds / peak, self.bytes / 1e9)
+
+
+def measure(work: Callable[[], Any], repeats: int, device: torch.device) -> Cost:
+    """Run `work` once to warm up and to count operations, then `repeats` times; the fastest counts."""
+    reset_peak_memory(device)
+    with FlopCounterMode(display=False) as counter:
+        work()
+    seconds = min(_seconds(work, device) for _ in range(repeats))
+    return Cost(seconds, counter.get_total_flops(), peak_memory(device))
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_reference(size: str, batch: int, repeats: int, steps: int, device: torch.device) -> tuple[Cost, Cost]:
+    """Training and sampling of the reference; of its 50 sampling steps 1 and 1 + `steps` are run, the rest follows."""
+    nets, text = networks("reference", size, batch, device), text_encoder(ARCHITECTURES[size].text_width, device)
+    training = measure(reference_training(nets, text), repeats, device)
+    nets.inverter.zero_grad()
+    few = measure(lambda: reference_sampling(nets, text, 1), repeats, device)
+    more = measure(lambda: reference_sampling(nets, text, 1 + steps), repeats, device)
+    factor = 49 / steps
+    return training, Cost(
+        few.seconds + factor * (more.seconds - few.seconds), few.flops + factor * (more.flops - few.flops), more.bytes
+    )
+
+
+def measure_default(size: str, batch: int, repeats: int, compiled: bool, device: torch.device) -> tuple[Cost, Cost]:
+    """Training and sampling our way."""
+    nets = networks("convnext_base", size, batch, device)
+    if compiled:
+        nets.inverter.prior.unet.compile()
+        nets.inverter.branch.compile()
+    training = measure(default_training(nets), repeats, device)
+    nets.inverter.zero_grad()
+    return training, measure(lambda: default_sampling(nets), repeats, device)
+
+
+def compare(size: str, batch: int, repeats: int, compiled: bool, reference_steps: int) -> dict[str, Figures]:
+    """Measure both ways, one after the other, so that neither's memory counts for the other.
+
+    Args:
+        size: A key of `ARCHITECTURES`.
+        batch: Images of a training step and of a batch of samples.
+        repeats: Timed repetitions; the fastest counts.
+        compiled: Whether ours goes through torch.compile.
+        reference_steps: See `measure_reference`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.bfloat16 if fast_bfloat16() else torch.float32
+    full_peak, half_peak = (matmul_peak(device, dtype) for dtype in (torch.float32, half))
+    print(
+        f"peak: {full_peak / 1e12:.3g} TFLOP/s in fp32, {half_peak / 1e12:.3g} in {half}, on {device.type}", flush=True
+    )
+    training, sampling = measure_reference(size, batch, repeats, reference_steps, device)
+    gc.collect()
+    ours, drawn = measure_default(size, batch, repeats, compiled, device)
+    return {
+        "reference training": training.figures(batch, full_peak),
+        "default training": ours.figures(batch, half_peak),
+        "reference sampling": sampling.figures(1, full_peak),
+        "default sampling": drawn.figures(batch, half_peak),
+    }
+
+
+@exit_on_user_error
+def main() -> None:
+    """Read the command line, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(ARCHITECTURES), default="minisd")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--reference-steps", type=int, default=3, help="of the reference's 50 that are timed")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our networks")
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"))
+    args = parser.parse_args()
+    found = compare(args.size, args.batch, args.repeats, args.compile, args.reference_steps)
+    print(f"{'':22s}{'images/s':>10s}{'ratio':>8s}{'of peak':>9s}{'memory':>10s}")
+    for name, figures in found.items():
+        base = found[f"reference {name.split()[1]}"].images_per_second
+        ratio = figures.images_per_second / base
+        print(
+            f"{name:22s}{figures.images_per_second:10.4g}{ratio:7.1f}x{figures.share:9.1%}{figures.gigabytes:7.2f} GB"
+        )
+    about = {key: str(value) for key, value in vars(args).items()}
+    write_json(args.out / "speed.json", {"about": about, "figures": {k: asdict(v) for k, v in found.items()}})
+
+
+if __name__ == "__main__":
+    main()
