@@ -73,8 +73,8 @@ def shared_setting(experiment: str | None, loaded: dict[str, Trained | None], de
         raise UserError(
             "give at least one trained inverter, which says which backbone and images to use, or setting=EXPERIMENT."
         )
-    prior = getattr(first.inverter, "prior", None)
-    first_stage = prior.first_stage.to(device) if isinstance(prior, DiffusionPrior) else None
+    own = getattr(first.inverter, "prior", None)
+    first_stage = own.first_stage.to(device) if isinstance(own, DiffusionPrior) else None
     return Setting(first.config, first.load_backbone().to(device), first.inverter.size, first_stage)
 
 

@@ -9,6 +9,7 @@ two with each other. Interrupted, the same command makes the rest; torchrun shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -28,7 +29,7 @@ from featinv.metrics.robustness import Condition, Robustness
 from featinv.processes import own_device, process_group, process_rank
 from featinv.report.robustness import write_robustness
 
-ATTACKS = {"fgsm": fgsm, "pgd": pgd}
+ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd}
 
 
 def corruption(name: str, severity: int, seed: int) -> Condition:

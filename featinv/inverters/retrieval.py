@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
 from featinv.backbones.base import Backbone
@@ -57,10 +57,17 @@ class RetrievalInverter:
     def _computed_index(self) -> Tensor:
         spec, device = self.backbone.spec, self.backbone.mean.device
         index = torch.empty(self.count, spec.channels * spec.height * spec.width, dtype=torch.float16)
-        for start in tqdm(range(0, self.count, self.batch_size), desc="indexing training images", unit="batch"):
-            stop = min(start + self.batch_size, self.count)
-            images = torch.stack([self.dataset[i]["image"] for i in range(start, stop)])
-            index[start:stop] = F.normalize(self.backbone(images.to(device)).flatten(1)).half().cpu()
+        loader = DataLoader(
+            Subset(self.dataset, range(self.count)),
+            self.batch_size,
+            collate_fn=lambda items: torch.stack([item["image"] for item in items]),
+            generator=torch.Generator().manual_seed(0),  # else it would draw from the global one
+        )
+        start = 0
+        for images in tqdm(loader, desc="indexing training images", unit="batch"):
+            rows = F.normalize(self.backbone(images.to(device)).flatten(1)).half().cpu()
+            index[start : start + len(rows)] = rows
+            start += len(rows)
         return index
 
     def nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,16 +125,15 @@ def evaluate_images(
     done = 0
     for original, reconstruction in _batches(originals, reconstructions, batch_size):
         pair = original.to(device), reconstruction.to(device)
-        views = [
-            None if network is None else View(network, pair[0]).against(pair[1]) for network in (backbone, referee)
-        ]
+        seen = View(backbone, pair[0]).against(pair[1])
+        judged = View(referee, pair[0]).against(pair[1]) if referee is not None else None
         batch_labels = None if labels is None else labels[done : done + len(original)]
-        pairs = ImagePairs(*pair, *views, labels=batch_labels)  # type: ignore[arg-type]
+        pairs = ImagePairs(*pair, seen, judged, batch_labels)
         for name in names:
             values[name].append(METRICS[name](pairs).cpu())
         for side, images_, number in ((real, pair[0], 0), (fake, pair[1], 1)):
-            seen = None if pairs.referee is None else pairs.referee[number]
-            for name, rows in embed(images_, seen, referee_name, embedders or {}).items():
+            view = None if judged is None else judged[number]
+            for name, rows in embed(images_, view, referee_name, embedders or {}).items():
                 side.setdefault(name, []).append(rows)
         done += len(original)
     if done == 0:

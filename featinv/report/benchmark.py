@@ -105,7 +105,7 @@ def case_section(folder: Path, content: Mapping[str, Any]) -> str:
     for name, cases in content["cases"].items():
         made = Reconstructions(folder / name)
         position = {image: i for i, image in enumerate(made.ids)}
-        rows = {}
+        rows: dict[str, Tensor] = {}
         for kind in ("worst", "median", "best"):
             chosen = [position[image] for image in cases[kind]]
             rows |= {f"{kind}: original": made.originals(chosen), f"{kind}: {name}": made.samples(0, chosen)}
