@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
@@ -36,7 +37,7 @@ def decode(
     """
     if len(seeds) != len(features):
         raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
-    device, parts = _device(inverter, features), []
+    device, parts = device_of(inverter), []
     for start in range(0, len(features), batch_size):
         rows = slice(start, start + batch_size)
         parts.append(inverter.invert(features[rows].to(device), seeds=list(seeds[rows])).detach().cpu())
@@ -51,6 +52,12 @@ def encode(backbone: Backbone, images: Tensor, batch_size: int = 64) -> Tensor:
     return torch.cat([backbone(part.to(backbone.mean.device)).cpu() for part in images.split(batch_size)])
 
 
+def small_maps(backbone: Backbone, images: Tensor, grid: int = 2, batch_size: int = 64) -> Tensor:
+    """Features averaged to a small grid, (N, C grid^2), batch by batch: early maps are large."""
+    parts = images.split(batch_size)
+    return torch.cat([F.adaptive_avg_pool2d(encode(backbone, part), grid).flatten(1) for part in parts])
+
+
 @torch.no_grad()
 def probabilities(backbone: Backbone, images: Tensor, batch_size: int = 64) -> Tensor | None:
     """Class probabilities (N, K) of images (N, 3, H, W), None for a backbone without a classifier."""
@@ -61,8 +68,12 @@ def probabilities(backbone: Backbone, images: Tensor, batch_size: int = 64) -> T
     return torch.cat(parts).softmax(1).cpu()
 
 
-def _device(inverter: Any, features: Tensor) -> torch.device:
+def device_of(inverter: Any) -> torch.device:
+    """Where an inverter works: its weights' device, else that of the inverter or backbone it is built on."""
     if isinstance(inverter, nn.Module):
         for parameter in inverter.parameters():
             return parameter.device
-    return features.device
+    for name in ("inverter", "backbone"):
+        if getattr(inverter, name, None) is not None:
+            return device_of(getattr(inverter, name))
+    return torch.device("cpu")

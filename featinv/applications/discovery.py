@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,27 +106,28 @@ def _links(unit: np.ndarray, penalty: float = 0.02, l1_ratio: float = 0.9) -> np
 
     The penalty is a share of the one that would leave nothing of the combination.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import ElasticNet
 
     gram, count = unit @ unit.T, len(unit)
     weights = np.zeros((count, count))
-    for row in range(count):
-        others = np.delete(np.arange(count), row)
-        alpha = penalty * max(float(np.abs(gram[others, row]).max()), 1e-12) / unit.shape[1]
-        model = ElasticNet(
-            alpha=alpha,
-            l1_ratio=l1_ratio,
-            fit_intercept=False,
-            precompute=np.ascontiguousarray(gram[np.ix_(others, others)]),
-            tol=1e-3,
-        )
-        weights[row, others] = model.fit(unit[others].T, unit[row]).coef_
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)  # which vectors are linked is decided early
+        for row in range(count):
+            others = np.delete(np.arange(count), row)
+            model = ElasticNet(
+                alpha=penalty * max(float(np.abs(gram[others, row]).max()), 1e-12) / unit.shape[1],
+                l1_ratio=l1_ratio,
+                fit_intercept=False,
+                precompute=np.ascontiguousarray(gram[np.ix_(others, others)]),
+                tol=1e-3,
+                max_iter=300,
+            )
+            weights[row, others] = model.fit(unit[others].T, unit[row]).coef_
     return np.abs(weights) + np.abs(weights).T
 
 
 def _cluster(affinity: np.ndarray, count: int, seed: int) -> np.ndarray:
-    import warnings
-
     from sklearn.cluster import SpectralClustering
 
     with warnings.catch_warnings():

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from featinv.applications.batches import Progress, decode, encode, seeds_of
+from featinv.applications.batches import Progress, decode, encode, seeds_of, small_maps
 from featinv.attribution.diagnostics import leak_check
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
@@ -124,15 +122,9 @@ def linear_information(
     curve = {}
     for layer in layers:
         cut = backbone.at(layer)
-        inputs = [_small(cut, images, grid, batch_size) for images, _ in (train, test)]
+        inputs = [small_maps(cut, images, grid, batch_size) for images, _ in (train, test)]
         curve[layer] = FactorProbe(schema).fit(inputs[0], train[1]).score(inputs[1], test[1])
     return curve
-
-
-def _small(cut: Backbone, images: Tensor, grid: int, batch_size: int) -> Tensor:
-    """Features averaged to a small grid, (N, C grid^2), batch by batch: early maps are large."""
-    parts = [F.adaptive_avg_pool2d(encode(cut, part, batch_size), grid).flatten(1) for part in images.split(batch_size)]
-    return torch.cat(parts)
 
 
 def leak_report(points: Sequence[LayerPoint]) -> list[str]:

@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+from cells import SIZE, Cells, Mosaic, Noisy, Pooled
+
+from featinv.applications import measure
+from featinv.applications.lookup import Examples, find_concept
+from featinv.applications.scene_reader import SceneReader, object_crops, scene_set
+from featinv.data.scenes import render_scenes
+from featinv.errors import UserError
+from featinv.image import load_png, save_png
+from tools import apply, task
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs tools.apply with the backbone and inverter whose truth is known; returns the folder and the numbers."""
+    monkeypatch.setattr(task, "load_backbone", lambda *_, **__: Cells())
+    monkeypatch.setattr(apply, "load_backbone", lambda *_, **__: Cells("16"))
+    monkeypatch.setattr(task.Task, "untrained", lambda self, cut: Noisy())
+
+    def run(*words: str) -> dict:
+        apply.main([*words, "--inverter", "optimisation", "--backbone", "cells", "--out", str(tmp_path)])
+        return json.loads((tmp_path / f"{words[0]}.json").read_text())
+
+    run.folder = tmp_path
+    return run
+
+
+PAIR = ("--scene", "5:3", "--other-scene", "5:4")
+CALLS = {
+    "concepts": ("--scene", "5:3", "--examples", "6", "--count", "2"),
+    "steer": ("--scene", "5:3", "--concept", "mean:sky=night", "--examples", "60", "--positions", "object0"),
+    "paste": (*PAIR, "--region", "0.2,0.2,0.7,0.7", "--to", "0.3,0.3"),
+    "mix": PAIR,
+    "swap": PAIR,
+    "permute": ("--scene", "5:3"),
+    "subset": (
+        "--scene",
+        "5:3",
+        "--region",
+        "0,0,0.5,1",
+        "--top",
+        "2",
+        "--concept",
+        "nmf:0",
+        "--examples",
+        "20",
+        "--count",
+        "2",
+    ),
+    "posterior": ("--scene", "5:3", "--n", "2", "--samples", "3"),
+    "refine": ("--scene", "5:3", "--tolerance", "0.999", "--steps", "10"),
+    "layers": ("--scene", "5:3", "--n", "3", "--layers", "8,2"),
+}
+
+
+@pytest.mark.parametrize("method", list(apply.METHODS))
+def test_every_method_writes_its_pictures_numbers_and_page(command, method) -> None:
+    numbers = command(method, *CALLS[method])
+    assert numbers
+    assert torch.isfinite(load_png(command.folder / f"{method}.png")).all()
+    assert list((command.folder / method).glob("*.png"))
+    assert method in (command.folder / "report.html").read_text()
+
+
+def test_a_picture_of_ones_own_is_taken_and_mistakes_are_told(command, capsys) -> None:
+    save_png(command.folder / "mine.png", torch.rand(3, 40, 50))
+    assert command("posterior", "--image", str(command.folder / "mine.png"), "--samples", "2")["cosines"]
+    for words, message in (
+        (("steer", "--scene", "5:3"), "name a --concept"),
+        (("steer", "--scene", "5:3", "--concept", "red"), "KIND:NAME"),
+        (("paste", *PAIR), "name a --region"),
+        (("posterior",), "name a picture"),
+        (("posterior", "--scene", "five"), "SEED:INDEX"),
+        (("mix", "--scene", "5:3"), "--other"),
+        (("ster", "--scene", "5:3"), "steer"),
+        (("subset", "--scene", "5:3", "--positions", "object9"), "object0 to object3"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            command(*words)
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_concepts_are_found_by_their_words() -> None:
+    images, factors, _ = render_scenes(2, range(60), SIZE)
+    examples, backbone = Examples(images, factors), Cells()
+    night = find_concept("mean:sky=night", backbone, examples)
+    assert night.direction.sum() < 0  # darker
+    assert find_concept("probe:sky=night", backbone, examples).evidence["p_value"] < 0.05
+    few = Examples(images[:3])
+    assert find_concept("subspace:1", backbone, few, count=2).name == "subspace 1"
+    assert find_concept("mean:class=2", backbone, examples).name == "class=2"
+    for word, message in (
+        ("mean:sky=nigt", "did you mean night"),
+        ("mean:skye=night", "did you mean sky"),
+        ("nmf:9", "0 to 2"),
+        ("text:a dog", "text tower|OpenCLIP"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_concept(word, backbone, examples, count=3)
+    with pytest.raises(UserError, match="only scenes"):
+        find_concept("mean:sky=night", backbone, Examples(images))
+
+
+def test_the_figures_of_inverters_whose_truth_is_known() -> None:
+    learn, scenes, backbone = scene_set(2, 150, SIZE), scene_set(5, 40, SIZE), Cells()
+    crops = object_crops(scenes.images, scenes.masks, size=16)
+    inside = object_crops(scenes.masks.expand(-1, 3, -1, -1), scenes.masks, size=16)
+    assert crops.shape == (40, 3, 16, 16) and inside.mean() > 2 * scenes.masks.mean()  # closer than the whole picture
+    reader = SceneReader(Cells(), learn)
+    steered = measure.measure_steering(Mosaic(), backbone, reader, learn, scenes, strengths=(0.0001, 1.0, 3.0))
+    by_strength = [steered.figures["by_strength"][s]["own"] for s in ("0.0001", "1", "3")]
+    assert by_strength[0] < 0.3 < by_strength[2] and by_strength[0] < by_strength[1]
+    assert steered.figures["by_strength"]["0.0001"]["others"] < 0.02
+
+    composite = measure.measure_composites({"spatial": Mosaic(), "pooled": Pooled()}, backbone, scenes).figures
+    assert composite["spatial"]["placed"]["value"] == 1 and composite["pooled"]["placed"]["value"] == 0
+
+    posterior = measure.measure_posterior(Noisy(), Cells("16"), scenes, samples=6).figures
+    assert 0.85 <= posterior["coverage"]["value"] <= 0.95 and posterior["knows"]["n"] == 20
+
+    subset = measure.measure_subset(Mosaic(), backbone, scenes).figures
+    assert subset["left half"]["given"]["value"] == pytest.approx(1, abs=1e-4)
+    assert subset["left half"]["rest"]["value"] < 0.5 < subset["left half"]["all"]["value"]
+
+    refined = measure.measure_refinement(Noisy(), backbone, Cells("4"), scenes[slice(0, 6)], 0.9999, 30).figures
+    assert refined["reached"] > 0.5 and refined["refined"]["cosine"]["value"] > refined["sample"]["cosine"]["value"]
+    with pytest.raises(UserError, match="at least 4 scenes"):
+        measure.measure_steering(Mosaic(), backbone, reader, learn, scenes[slice(0, 3)])
