@@ -103,7 +103,8 @@ def study_layers(
         referee,
     )
     candidates = torch.cat([images, others])
-    figures, rows = {}, {"original": images[:shown]}
+    figures: dict[str, Any] = {}
+    rows = {"original": images[:shown]}
     for point in points:
         leak = leak_check(candidates, point.images, referee)
         figures[point.layer] = {
@@ -215,7 +216,8 @@ def _invert_attacked(study: Study, backbone: Backbone, clean: Tensor, attacked: 
 def study_grad_cam(backbone: Backbone, untrained: Backbone, count: int, layer: str, shown: int = 10) -> Study:
     """Grad-CAM's mass inside the one object of rendered scenes, against a network with random weights."""
     images, masks = single_object_scenes(count, backbone.input_size)
-    figures, rows = {}, {"scene": images[:shown], "true mask": masks[:shown].expand(-1, 3, -1, -1)}
+    figures: dict[str, Any] = {}
+    rows = {"scene": images[:shown], "true mask": masks[:shown].expand(-1, 3, -1, -1)}
     for name, network in (("trained", backbone), ("random weights", untrained)):
         maps = grad_cam(network, images, layer=layer)
         found = localisation(maps, masks)
