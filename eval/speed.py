@@ -1,6 +1,6 @@
 """How much faster our default is than the published way of working, on networks of the same size with random weights.
 
-python -m eval.speed                      the paper's networks (859.5 M + 368.7 M parameters); about 30 GB of memory
+python -m eval.speed                      the paper's networks (859.5 M + 368.7 M parameters); about 15 GB of memory
 python -m eval.speed --size small         small ones, to try it out
 python -m eval.speed --batch 8 --repeats 5 --compile --out runs/speed8
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+
+from featinv.diffusion.light_branch import LightBranch, Residuals
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Conditions:
         null_text: The same of the empty prompt.
         estimate: Regression estimate of the clean latents (N, c, h, w), or None.
         strength: Factor on the branch's residuals.
+        residuals: What a `LightBranch` made of the embedding; `embedding` is None then.
+        null_residuals: What it made of the embedding of dropped features.
     """
 
     embedding: Tensor | None
@@ -30,13 +35,17 @@ class Conditions:
     null_text: Tensor
     estimate: Tensor | None = None
     strength: float = 1.0
+    residuals: Residuals | None = None
+    null_residuals: Residuals | None = None
 
     def without(self, drop: Sequence[str]) -> Conditions:
         """Drop some of "features", "text", "branch"."""
-        embedding = self.null_embedding if "features" in drop else self.embedding
+        null = "features" in drop
+        embedding, residuals = (self.null_embedding, self.null_residuals) if null else (self.embedding, self.residuals)
         return dataclasses.replace(
             self,
             embedding=None if "branch" in drop else embedding,
+            residuals=None if "branch" in drop else residuals,
             estimate=None if {"branch", "features"} & set(drop) else self.estimate,
             text=self.null_text if "text" in drop else self.text,
         )
@@ -97,7 +106,7 @@ class ControlledUNet(nn.Module):
 
     Args:
         unet: Frozen here.
-        branch: From `control_branch`.
+        branch: From `control_branch`, or a `LightBranch`, which has run before (`Conditions.residuals`).
         num_train_timesteps: Of the schedule that the UNet was trained with.
         gate: Uses the conditions' estimate, if there is one.
     """
@@ -105,7 +114,7 @@ class ControlledUNet(nn.Module):
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        branch: ControlNetModel,
+        branch: ControlNetModel | LightBranch,
         num_train_timesteps: int = 1000,
         gate: EstimateGate | None = None,
     ):
@@ -116,16 +125,7 @@ class ControlledUNet(nn.Module):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Predict noise or velocity (N, C, h, w); `timesteps` is (N,) or ()."""
         timesteps = timesteps.expand(len(noisy_latents))
-        down, middle = None, None
-        if conditions.embedding is not None:
-            down, middle = self.branch(
-                noisy_latents,
-                timesteps,
-                encoder_hidden_states=conditions.text,
-                controlnet_cond=conditions.embedding,
-                conditioning_scale=conditions.strength,
-                return_dict=False,
-            )
+        down, middle = self._added(noisy_latents, timesteps, conditions)
         model_pred = self.unet(
             noisy_latents,
             timesteps,
@@ -137,6 +137,22 @@ class ControlledUNet(nn.Module):
         if self.gate is None or conditions.estimate is None:
             return model_pred
         return self.gate(model_pred, noisy_latents, timesteps, conditions.estimate)
+
+    def _added(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> tuple[Any, Any]:
+        """What the branch adds to the skip connections and to the middle block; None where there is nothing."""
+        if conditions.residuals is not None:
+            down, middle = conditions.residuals
+            return [conditions.strength * residual for residual in down], conditions.strength * middle
+        if conditions.embedding is None:
+            return None, None
+        return self.branch(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=conditions.text,
+            controlnet_cond=conditions.embedding,
+            conditioning_scale=conditions.strength,
+            return_dict=False,
+        )
 
 
 def unconditional(unet: UNet2DConditionModel, text: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.diffusion.controlled_unet import Conditions, ControlledUNet, EstimateGate, control_branch
 from featinv.diffusion.guidance import Guidance, NoGuidance
+from featinv.diffusion.light_branch import LightBranch
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.diffusion.samplers import sample
 from featinv.errors import UserError
 from featinv.image import seeded_noise
+
+BRANCHES = {"controlnet": control_branch, "light": LightBranch}
 
 
 class DiffusionInverter(nn.Module):
@@ -30,6 +33,8 @@ class DiffusionInverter(nn.Module):
         snr_gamma: Min-SNR gamma, None for the plain loss.
         regression_weight: Weight of the encoder's own latent regression loss (0 leaves it out).
         strength: Factor on the branch's residuals when sampling.
+        branch: "controlnet", a copy of the UNet's encoder that runs in every step, or "light" (`LightBranch`), a small
+            network that runs once per image.
         gated: Whether predictions are pulled towards the encoder's regression estimate (`EstimateGate`).
     """
 
@@ -45,11 +50,14 @@ class DiffusionInverter(nn.Module):
         regression_weight: float = 0.5,
         strength: float = 1.0,
         gated: bool = True,
+        branch: str = "controlnet",
     ):
         super().__init__()
         self.prior, self.size = prior.freeze(), prior.size
         self.encoder = encoder
-        self.branch = control_branch(prior.unet)
+        if branch not in BRANCHES:
+            raise UserError(f"branch {branch!r}: choose one of {', '.join(BRANCHES)}.")
+        self.branch: nn.Module = BRANCHES[branch](prior.unet)
         # Shares the prior's UNet and the branch; kept out of the module tree so that nothing is saved twice.
         self.gate = EstimateGate(prior.scheduler, prior.latent_shape[0]) if gated else None
         self._unet = [ControlledUNet(prior.unet, self.branch, prior.scheduler.config.num_train_timesteps, self.gate)]
@@ -83,14 +91,12 @@ class DiffusionInverter(nn.Module):
         """Embed features (N, C, H, W) once per image."""
         embedding, estimate = self.encoder(features)
         n = len(features)
-        return Conditions(
-            embedding,
-            self.null_embedding.expand_as(embedding),
-            self.prior.encoder_hidden_states(n),
-            self.prior.text["null"].expand(n, -1, -1),
-            estimate,
-            self.strength,
-        )
+        null_embedding = self.null_embedding.expand_as(embedding)
+        text, null_text = self.prior.encoder_hidden_states(n), self.prior.text["null"].expand(n, -1, -1)
+        if not isinstance(self.branch, LightBranch):
+            return Conditions(embedding, null_embedding, text, null_text, estimate, self.strength)
+        residuals = self.branch(embedding), self.branch(null_embedding)
+        return Conditions(None, None, text, null_text, estimate, self.strength, *residuals)
 
     @torch.no_grad()
     def invert(
@@ -176,6 +182,8 @@ class DiffusionInverter(nn.Module):
         # Rows whose features are dropped have no estimate either: NaN tells the gate.
         told = None if regressed is None else torch.where(mask, torch.nan, regressed.detach())
         conditions = Conditions(embedding, None, text, text, told)
+        if isinstance(self.branch, LightBranch):
+            conditions = Conditions(None, None, text, text, told, residuals=self.branch(embedding))
 
         def denoiser(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
             return self.unet(noisy_latents, timesteps, conditions)

@@ -108,7 +108,8 @@ def parity(inverter: DiffusionInverter, expected: Mapping[str, Tensor]) -> dict[
         inverter: From `import_ldm`.
         expected: Inputs `features` (N, C, H, W), `noisy_latents` (N, c, h, w), `timesteps` (N,),
             `encoder_hidden_states` and `negative_encoder_hidden_states` (N, L, D), `images` (N, 3, S, S) in [-1, 1];
-            and outputs by the names below. What is not there is not compared.
+            and outputs by the names below, where ddim* is what the YAML's guided steps make of `noisy_latents`. What
+            is not there is not compared.
 
     Returns:
         Relative difference of each output: the norm of the difference over the norm of what is expected.
@@ -131,7 +132,7 @@ def parity(inverter: DiffusionInverter, expected: Mapping[str, Tensor]) -> dict[
         "noise_pred_with_control": lambda: inverter.unet(noisy, timesteps, conditions),
         "latents_mean_scaled": lambda: stage.encode((expected["images"] + 1) / 2),
         "decoded_from_noisy_latents": lambda: stage.decode(noisy, clamp=False) * 2 - 1,
-        "ddim10_cfg1p75_latents": draw,
+        **{name: draw for name in expected if name.startswith("ddim")},
     }
     found = {}
     for name, compute in outputs.items():
