@@ -31,8 +31,20 @@ def command(monkeypatch, tmp_path):
 PAIR = ("--scene", "5:3", "--other-scene", "5:4")
 CALLS = {
     "concepts": ("--scene", "5:3", "--examples", "6", "--count", "2"),
-    "steer": ("--scene", "5:3", "--concept", "mean:sky=night", "--examples", "60", "--positions", "object0"),
-    "paste": (*PAIR, "--region", "0.2,0.2,0.7,0.7", "--to", "0.3,0.3"),
+    "steer": (
+        "--scene",
+        "5:3",
+        "--concept",
+        "mean:sky=night",
+        "--examples",
+        "60",
+        "--positions",
+        "object0",
+        "--strengths",
+        "-1",
+        "2",
+    ),
+    "paste": (*PAIR, "--region", "0.2", "0.2", "0.7", "0.7", "--to", "0.3", "0.3"),
     "mix": PAIR,
     "swap": PAIR,
     "permute": ("--scene", "5:3"),
@@ -129,3 +141,31 @@ def test_the_figures_of_inverters_whose_truth_is_known() -> None:
     assert refined["reached"] > 0.5 and refined["refined"]["cosine"]["value"] > refined["sample"]["cosine"]["value"]
     with pytest.raises(UserError, match="at least 4 scenes"):
         measure.measure_steering(Mosaic(), backbone, reader, learn, scenes[slice(0, 3)])
+
+
+def test_the_evaluation_writes_figures_and_page(monkeypatch, tmp_path) -> None:
+    from types import SimpleNamespace
+
+    from eval import applications
+
+    def load(name: str) -> SimpleNamespace:
+        inverter = Pooled() if name == "pooled" else Mosaic()
+        return SimpleNamespace(load_backbone=Cells, inverter=inverter, spec=Cells().spec)
+
+    monkeypatch.setattr(applications, "load_trained", load)
+    words = [
+        "inverter=spatial",
+        "pooled=pooled",
+        "parts=[composites,posterior]",
+        "n=24",
+        "samples=2",
+        f"out={tmp_path}",
+    ]
+    monkeypatch.setattr("sys.argv", ["applications", *words])
+    applications.main()
+    content = json.loads((tmp_path / "applications.json").read_text())
+    assert content["composites"]["spatial"]["placed"]["value"] > content["composites"]["pooled"]["placed"]["value"]
+    assert "coverage" in content["posterior"] and "composites" in (tmp_path / "applications.html").read_text()
+    monkeypatch.setattr("sys.argv", ["applications", *words, "parts=[postrior]"])
+    with pytest.raises(SystemExit):
+        applications.main()

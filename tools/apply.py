@@ -2,9 +2,9 @@
 
 python -m tools.apply posterior --inverter runs/scenes64 --scene 5:3 --samples 8
 python -m tools.apply steer --inverter runs/scenes64 --scene 5:3 --concept mean:object0_colour=red --positions object0
-python -m tools.apply paste --inverter runs/scenes64 --image a.jpg --other b.jpg --region 0.2,0.3,0.6,0.9
+python -m tools.apply paste --inverter runs/scenes64 --image a.jpg --other b.jpg --region .2 .3 .6 .9
 python -m tools.apply refine --inverter runs/scenes64 --image a.jpg --tolerance 0.9
-python -m tools.apply subset --inverter runs/scenes64 --scene 5:3 --region 0,0,0.5,1 --top 200
+python -m tools.apply subset --inverter runs/scenes64 --scene 5:3 --region 0 0 .5 1 --top 200
 python -m tools.apply layers --inverter optimisation --backbone efficientnet_lite0 --scene 5:3 --n 8
 """
 
@@ -53,13 +53,12 @@ def _heat(maps: Tensor) -> Tensor:
 
 
 def _steer(task: Task) -> Result:
-    strengths = [float(x) for x in task.options.strengths.split(",")]
     strip = steer_strip(
         task.inverter,
         task.backbone,
         task.features,
         task.concept,
-        strengths,
+        task.options.strengths,
         task.seeds,
         task.positions(),
         progress=bar("steering"),
@@ -113,8 +112,7 @@ def _composite(make: Callable[[Task, Tensor], Tensor], paired: bool = True) -> C
 
 
 def _paste(task: Task, other: Tensor) -> Tensor:
-    to = [float(x) for x in task.options.to.split(",")] if task.options.to else None
-    return composites.paste(task.features, other, task.box, to)
+    return composites.paste(task.features, other, task.box, task.options.to)
 
 
 def _channels(task: Task) -> list[int]:
@@ -239,15 +237,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--size", type=int, default=64, help="side of the pictures of the optimisation inverter")
     add("--steps", type=int, default=100, help="of refinement and optimisation")
-    add("--region", default=None, help="LEFT,TOP,RIGHT,BOTTOM in fractions: what is pasted, kept or steered")
+    add("--region", type=float, nargs=4, default=None, help="left top right bottom: what is pasted, kept or steered")
     add("--positions", default=None, help="object0 ... object3: the positions that a scene's object covers")
-    add("--to", default=None, help="LEFT,TOP where a pasted region goes")
+    add("--to", type=float, nargs=2, default=None, help="left top: where a pasted region goes")
     add("--share", type=float, default=0.5, help="of the second picture in a mixture")
     add("--top", type=int, default=None, help="subset: the strongest channels; swap: the first channels")
     add("--concept", default=None, help="mean:FACTOR=CLASS, probe:FACTOR=CLASS, nmf:K, subspace:K or text:PROMPT")
-    add(
-        "--strengths", default="-4,-2,-1,1,2,4", help="of steering, in the concept's own units (write --strengths=-4,4)"
-    )
+    strengths = [-4.0, -2.0, -1.0, 1.0, 2.0, 4.0]
+    add("--strengths", type=float, nargs="+", default=strengths, help="of steering, in the concept's own units")
     add("--folder", default=None, help="pictures that concepts are found in; rendered scenes if not given")
     add("--examples", type=int, default=300, help="how many of them")
     add("--count", type=int, default=8, help="factors or subspaces that features are taken apart into")

@@ -118,11 +118,10 @@ class Task:
 
     @property
     def box(self) -> list[float]:
-        """The region as numbers."""
-        try:
-            return [float(x) for x in self.options.region.split(",")]
-        except (AttributeError, ValueError) as error:
-            raise UserError("name a --region LEFT,TOP,RIGHT,BOTTOM in fractions of the picture.") from error
+        """What --region names."""
+        if self.options.region is None:
+            raise UserError("name a --region LEFT TOP RIGHT BOTTOM in fractions of the picture.")
+        return self.options.region
 
     def positions(self) -> Tensor | None:
         """The mask of --positions or --region; None is everywhere."""

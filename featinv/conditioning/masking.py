@@ -59,13 +59,18 @@ class FeatureMasking:
             raise UserError(f"masking probabilities must be in [0, 1], not {p_positions} and {p_channels}.")
         self.p_positions, self.p_channels = p_positions, p_channels
 
+    @property
+    def active(self) -> bool:
+        """Whether any map is ever masked."""
+        return self.p_positions > 0 or self.p_channels > 0
+
     def draw(self, shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
         """What is kept of N maps of `shape` (C, H, W): bool (N, C, H, W); row i depends on seeds[i] alone."""
         return torch.stack([self._row(shape, torch.Generator().manual_seed(seed ^ 0x3A5C)) for seed in seeds])
 
     def __call__(self, features: Tensor, mean: Tensor, seeds: Sequence[int]) -> Tensor:
         """Mask features (N, C, H, W) with the mean feature (C,)."""
-        if not (self.p_positions or self.p_channels):
+        if not self.active:
             return features
         return masked(features, self.draw(features.shape[1:], seeds), mean)
 

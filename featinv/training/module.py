@@ -135,8 +135,10 @@ class InversionModule(pl.LightningModule):
 
     def _given(self, features: Tensor, seeds: list[int]) -> Tensor:
         """What the inverter is told: noised, then masked, so that a masked value is the mean feature itself."""
-        mean = mean_feature(self.inverter, features.shape[1])
-        return self.masking(self._noised(features, seeds), mean, seeds)
+        noised = self._noised(features, seeds)
+        if not self.masking.active:
+            return noised
+        return self.masking(noised, mean_feature(self.inverter, features.shape[1]), seeds)
 
     def _noised(self, features: Tensor, seeds: list[int]) -> Tensor:
         if not self.feature_noise:
