@@ -9,6 +9,7 @@ from featinv.attribution.maximisation import (
     maximise,
     unit_objective,
 )
+from featinv.attribution.redirected import redirected_features
 from featinv.backbones import load_backbone
 from featinv.errors import UserError
 from featinv.inverters.regularisers import Regulariser
@@ -47,6 +48,37 @@ def test_each_objective_rises(net, kind) -> None:
         )
         assert images.shape == (2, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
         assert objective(images).mean() > objective(seen[0]).mean()
+
+
+def test_a_silent_unit_is_woken(net) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    silent = int((net(images).amax((0, 2, 3)) == 0).nonzero()[0, 0])
+    images.requires_grad_(True)
+    score = channel_objective(net, silent)(images)
+    assert torch.equal(score, torch.zeros(2))
+    (gradient,) = torch.autograd.grad(score.sum(), images)
+    step = images.detach() + 0.2 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 64
+    before, after = (_before_the_last_relu(net, x)[:, silent].mean((1, 2)) for x in (images, step))
+    assert (after > before).all()
+
+
+def _before_the_last_relu(net, images):
+    kept = []
+    last = [m for m in net.modules() if isinstance(m, torch.nn.ReLU)][-1]
+    handle = last.register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0].detach().clone()))
+    net(images)
+    handle.remove()
+    return kept[0]
+
+
+def test_redirection_changes_neither_features_nor_gradients_of_active_units(net) -> None:
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+    active = int(net(images)[:, :, 0, 1].amin(0).argmax())
+    modules = [id(m) for m in net.modules()]
+    plain = torch.autograd.grad(net(images)[:, active].mean((1, 2)).sum(), images)[0]
+    again = torch.autograd.grad(channel_objective(net, active)(images).sum(), images)[0]
+    assert torch.allclose(plain, again, atol=1e-7)
+    assert torch.equal(redirected_features(net, images), net(images)) and [id(m) for m in net.modules()] == modules
 
 
 def test_direction_along_an_axis_is_that_channel(net) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,13 +37,14 @@ class _Rectifier(nn.ReLU):
 
 
 @contextmanager
-def replaced_rectifiers(model: nn.Module) -> Iterator[list[_Rectifier]]:
-    """Within the context every nn.ReLU and nn.ReLU6 of the model is a stand-in that Captum's hooks reach.
+def replaced_rectifiers(model: nn.Module, make: Callable[[bool], Any] = _Rectifier) -> Iterator[list[Any]]:
+    """Within the context every nn.ReLU and nn.ReLU6 of the model is a stand-in, by default one that Captum can hook.
 
     The model's own modules are set aside untouched and put back at the end, also after an exception.
 
     Args:
         model: Any module.
+        make: Makes a stand-in, told whether it stands for a ReLU6.
 
     Yields:
         The stand-ins.
@@ -54,7 +55,7 @@ def replaced_rectifiers(model: nn.Module) -> Iterator[list[_Rectifier]]:
         for name, child in parent._modules.items()  # named_children leaves out a module's second name
         if isinstance(child, nn.ReLU | nn.ReLU6)
     ]
-    stand_ins = {child: _Rectifier(isinstance(child, nn.ReLU6)) for _, _, child in places}
+    stand_ins = {child: make(isinstance(child, nn.ReLU6)) for _, _, child in places}
     try:
         for parent, name, child in places:
             # Captum rectifies the whole gradient of a ReLU's input; where others read that tensor too, as in

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from featinv.attribution.redirected import redirected_features, redirected_logits
 from featinv.backbones.base import Backbone
 from featinv.diffusion.objective_guidance import Objective
 from featinv.diffusion.prior import DiffusionPrior
@@ -24,7 +25,7 @@ def _check_channel(backbone: Backbone, channel: int) -> None:
 def channel_objective(backbone: Backbone, channel: int) -> Objective:
     """Mean of one channel of the feature map over all positions."""
     _check_channel(backbone, channel)
-    return lambda images: backbone(images)[:, channel].mean((1, 2))
+    return lambda images: redirected_features(backbone, images)[:, channel].mean((1, 2))
 
 
 def unit_objective(backbone: Backbone, channel: int, row: int | None = None, column: int | None = None) -> Objective:
@@ -34,7 +35,7 @@ def unit_objective(backbone: Backbone, channel: int, row: int | None = None, col
     y, x = spec.height // 2 if row is None else row, spec.width // 2 if column is None else column
     if not (0 <= y < spec.height and 0 <= x < spec.width):
         raise UserError(f"position ({y}, {x}) is outside the {spec.height} x {spec.width} map.")
-    return lambda images: backbone(images)[:, channel, y, x]
+    return lambda images: redirected_features(backbone, images)[:, channel, y, x]
 
 
 def class_objective(backbone: Backbone, index: int) -> Objective:
@@ -44,7 +45,7 @@ def class_objective(backbone: Backbone, index: int) -> Objective:
         classes = backbone.logits(torch.zeros(1, 3, size, size, device=backbone.mean.device)).shape[1]
     if not 0 <= index < classes:
         raise UserError(f"class must be 0 to {classes - 1}, not {index}.")
-    return lambda images: backbone.logits(images)[:, index]
+    return lambda images: redirected_logits(backbone, images)[:, index]
 
 
 def direction_objective(backbone: Backbone, direction: Tensor) -> Objective:
@@ -52,7 +53,7 @@ def direction_objective(backbone: Backbone, direction: Tensor) -> Objective:
     if direction.shape != (backbone.spec.channels,) or float(direction.norm()) == 0:
         raise UserError(f"a direction needs {backbone.spec.channels} numbers, not all 0; got {tuple(direction.shape)}.")
     unit = (direction / direction.norm()).to(backbone.mean.device)
-    return lambda images: torch.einsum("nchw,c->nhw", backbone(images), unit).mean((1, 2))
+    return lambda images: torch.einsum("nchw,c->nhw", redirected_features(backbone, images), unit).mean((1, 2))
 
 
 def maximise(
