@@ -72,6 +72,11 @@ def _ordered(points: Sequence[Point]) -> dict[str, list[Point]]:
     return listed
 
 
+def _distance(figure: Mapping[str, Any], side: str) -> float:
+    """From a value to its bound; 0 where there is none."""
+    return 0.0 if figure[side] is None else abs(figure[side] - figure["value"])
+
+
 def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequence[str], title: str) -> None:
     """A panel for each metric, a line with intervals for each curve; layers in the order of their depth."""
     import matplotlib
@@ -85,7 +90,7 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
             points = [(p, p.figures[metric]) for p in members if p.figures.get(metric, {}).get("value") is not None]
             places = [i if p.depth is None else p.depth for i, (p, _) in enumerate(points)]
             value = [f["value"] for _, f in points]
-            spread = [[abs(f["value"] - (f[s] if f[s] is not None else f["value"])) for _, f in points] for s in _SIDES]
+            spread = [[_distance(f, side) for _, f in points] for side in ("low", "high")]
             axis.errorbar(places, value, spread, marker="o", markersize=4, capsize=2, label=name)
             for (point, figure_), place in zip(points, places, strict=True):
                 axis.annotate(
@@ -100,9 +105,6 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
-
-
-_SIDES = ("low", "high")
 
 
 def write_layers(folder: str | Path, points: Sequence[Point], metrics: Sequence[str] | None, title: str) -> None:
