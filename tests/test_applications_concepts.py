@@ -3,7 +3,7 @@ import torch
 from cells import Cells, Mosaic
 
 from featinv.applications.concepts import class_means, image_score, linear_probe, linear_probes, make_direction
-from featinv.applications.discovery import completeness, nmf_concepts, subspace_concepts, text_directions
+from featinv.applications.discovery import completeness, encode_texts, nmf_concepts, subspace_concepts, text_directions
 from featinv.applications.steering import SteeringTest, factor_changes, steer, steer_strip
 from featinv.data.scene_factors import FACTOR_INDEX, SKY_COLOURS
 from featinv.data.scenes import render_scenes
@@ -111,6 +111,13 @@ def test_a_text_becomes_the_direction_that_it_names() -> None:
         assert int(concept.direction.argmax()) == k and concept.evidence["correlation"] > 0.85
     with pytest.raises(UserError, match="OpenCLIP"):
         text_directions(Cells(), images, ["red"], texts[:1])
+
+
+def test_texts_pass_through_the_models_own_tower() -> None:
+    texts = encode_texts("ViT-S-32-alt", ["a red ball", "a picture", "a red ball"], None)
+    assert texts.shape == (3, 256) and torch.allclose(texts[0], texts[2]) and not torch.allclose(texts[0], texts[1])
+    with pytest.raises(UserError, match="cannot get the text tower of resnet18"):
+        encode_texts("resnet18", ["a red ball"], None)
 
 
 def _reddening() -> tuple[torch.Tensor, object]:

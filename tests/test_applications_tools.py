@@ -30,7 +30,7 @@ def command(monkeypatch, tmp_path):
 
 PAIR = ("--scene", "5:3", "--other-scene", "5:4")
 CALLS = {
-    "concepts": ("--scene", "5:3", "--examples", "6", "--count", "2"),
+    "concepts": ("--scene", "5:3", "--examples", "2", "--count", "2"),
     "steer": (
         "--scene",
         "5:3",
@@ -52,7 +52,10 @@ CALLS = {
         "--scene",
         "5:3",
         "--region",
-        "0,0,0.5,1",
+        "0",
+        "0",
+        "0.5",
+        "1",
         "--top",
         "2",
         "--concept",
