@@ -79,9 +79,12 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
     first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
     if first_stage.shortcut is not None:
         first_stage.shortcut.fit(images[range(min(3000, len(images)))]["image"])
-    module = instantiate(node.module, where="first_stage.module", first_stage=first_stage, backbone=backbone)
     started = time.time()
-    fit(module, images, out / "first_stage", max_steps=module.max_steps, batch_size=node.batch_size)
+    for stage, folder in (("module", "first_stage"), ("polish", "decoder")):
+        if node.get(stage):
+            parts = {"first_stage": first_stage, "backbone": backbone}
+            module = instantiate(node[stage], where=f"first_stage.{stage}", **parts)
+            fit(module, images, out / folder, max_steps=module.max_steps, batch_size=node.batch_size)
     first_stage.eval().requires_grad_(False)
     normalise_latents(first_stage, images[range(min(2000, len(images)))]["image"])
     figures, again = judge_first_stage(first_stage, backbone, held_out)

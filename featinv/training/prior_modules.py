@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
 from featinv.diffusion.controlled_unet import unconditional
@@ -26,6 +26,10 @@ def _cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_st
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _trainable(part: nn.Module) -> list[nn.Parameter]:
+    return [p for p in part.parameters() if p.requires_grad]
 
 
 class FirstStageModule(pl.LightningModule):
@@ -48,6 +52,7 @@ class FirstStageModule(pl.LightningModule):
             |N(0, latent_noise^2)| of the latents' own: what a diffusion model draws is never exact, and a decoder that
             only ever saw exact latents turns a hundredth of error into visible grain (noise-augmented decoding as in
             RAE, arXiv 2510.11690, section 4.3). 0 leaves it out.
+        decoder_only: Leave the encoder as it is, so that latents stay what they are: a last polish.
         seed: Of the posterior draws.
     """
 
@@ -62,6 +67,7 @@ class FirstStageModule(pl.LightningModule):
         feature_weight: float = 0.03,
         feature_rows: int = 6,
         latent_noise: float = 0.0,
+        decoder_only: bool = False,
         seed: int = 0,
     ):
         super().__init__()
@@ -69,6 +75,12 @@ class FirstStageModule(pl.LightningModule):
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.kl_weight, self.feature_weight, self.feature_rows = kl_weight, feature_weight, feature_rows
         self.latent_noise, self.seed = latent_noise, seed
+        first_stage.requires_grad_(True)
+        if decoder_only:
+            shortcut = first_stage.shortcut
+            for part in (first_stage.vae.encoder, first_stage.vae.quant_conv, shortcut and shortcut.analysis):
+                if part is not None:
+                    part.requires_grad_(False)
 
     def _disturb(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (N, C, h, w) with noise of a random strength on every second row."""
@@ -97,9 +109,9 @@ class FirstStageModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, the shortcut at a twentieth of the rate, cosine schedule."""
-        groups = [{"params": self.first_stage.vae.parameters(), "lr": self.learning_rate}]
+        groups = [{"params": _trainable(self.first_stage.vae), "lr": self.learning_rate}]
         if self.first_stage.shortcut is not None:
-            groups.append({"params": self.first_stage.shortcut.parameters(), "lr": self.learning_rate / 20})
+            groups.append({"params": _trainable(self.first_stage.shortcut), "lr": self.learning_rate / 20})
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-4)
         return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
 
