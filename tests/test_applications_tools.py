@@ -28,52 +28,24 @@ def command(monkeypatch, tmp_path):
     return run
 
 
-PAIR = ("--scene", "5:3", "--other-scene", "5:4")
+PAIR = "--scene 5:3 --other-scene 5:4"
 CALLS = {
-    "concepts": ("--scene", "5:3", "--examples", "2", "--count", "2"),
-    "steer": (
-        "--scene",
-        "5:3",
-        "--concept",
-        "mean:sky=night",
-        "--examples",
-        "60",
-        "--positions",
-        "object0",
-        "--strengths",
-        "-1",
-        "2",
-    ),
-    "paste": (*PAIR, "--region", "0.2", "0.2", "0.7", "0.7", "--to", "0.3", "0.3"),
+    "concepts": "--scene 5:3 --examples 2 --count 2",
+    "steer": "--scene 5:3 --concept mean:sky=night --examples 60 --positions object0 --strengths -1 2",
+    "paste": f"{PAIR} --region 0.2 0.2 0.7 0.7 --to 0.3 0.3",
     "mix": PAIR,
     "swap": PAIR,
-    "permute": ("--scene", "5:3"),
-    "subset": (
-        "--scene",
-        "5:3",
-        "--region",
-        "0",
-        "0",
-        "0.5",
-        "1",
-        "--top",
-        "2",
-        "--concept",
-        "nmf:0",
-        "--examples",
-        "20",
-        "--count",
-        "2",
-    ),
-    "posterior": ("--scene", "5:3", "--n", "2", "--samples", "3"),
-    "refine": ("--scene", "5:3", "--tolerance", "0.999", "--steps", "10"),
-    "layers": ("--scene", "5:3", "--n", "3", "--layers", "8,2"),
+    "permute": "--scene 5:3",
+    "subset": "--scene 5:3 --region 0 0 0.5 1 --top 2 --concept nmf:0 --examples 20 --count 2",
+    "posterior": "--scene 5:3 --n 2 --samples 3",
+    "refine": "--scene 5:3 --tolerance 0.999 --steps 10",
+    "layers": "--scene 5:3 --n 3 --layers 8,2",
 }
 
 
 @pytest.mark.parametrize("method", list(apply.METHODS))
 def test_every_method_writes_its_pictures_numbers_and_page(command, method) -> None:
-    numbers = command(method, *CALLS[method])
+    numbers = command(method, *CALLS[method].split())
     assert numbers
     assert torch.isfinite(load_png(command.folder / f"{method}.png")).all()
     assert list((command.folder / method).glob("*.png"))
@@ -86,7 +58,7 @@ def test_a_picture_of_ones_own_is_taken_and_mistakes_are_told(command, capsys) -
     for words, message in (
         (("steer", "--scene", "5:3"), "name a --concept"),
         (("steer", "--scene", "5:3", "--concept", "red"), "KIND:NAME"),
-        (("paste", *PAIR), "name a --region"),
+        (("paste", *PAIR.split()), "name a --region"),
         (("posterior",), "name a picture"),
         (("posterior", "--scene", "five"), "SEED:INDEX"),
         (("mix", "--scene", "5:3"), "--other"),
