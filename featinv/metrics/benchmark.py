@@ -251,9 +251,11 @@ def _fitted(truth: FactorTruth | None, network: Backbone) -> FactorProbe | None:
 
 
 def described(backbone: Backbone) -> dict[str, Any]:
-    """Network, layer, shape and depth (0 first, 1 last of the network's listed layers; None if not listed)."""
-    spec, layers = backbone.spec, backbone.layers
-    depth = layers.index(spec.layer) / max(len(layers) - 1, 1) if spec.layer in layers else None
+    """Network, layer, shape and depth: the share of the network's modules that come before, 1 for "final"."""
+    spec = backbone.spec
+    modules = [name for name, _ in getattr(backbone, "model", backbone).named_modules()]
+    inner = modules.index(spec.layer) / len(modules) if spec.layer in modules else None
+    depth = 1.0 if spec.layer == "final" else inner
     return {
         "network": getattr(backbone, "name", type(backbone).__name__),
         "layer": spec.layer,

@@ -20,7 +20,7 @@ Figures = dict[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """A row of a benchmark: its curve, its layer, that layer's depth (0 first, 1 last; None if not listed), figures."""
+    """A row of a benchmark: its curve, its layer, that layer's depth in 0..1 (None if unknown), figures."""
 
     curve: str
     layer: str
@@ -97,7 +97,7 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
                     point.layer, (place, figure_["value"]), fontsize=6, xytext=(3, 4), textcoords="offset points"
                 )
         axis.set_title(metric)
-        axis.set_xlabel("depth (first listed layer 0, last 1)")
+        axis.set_xlabel("depth (share of the modules before)")
     figure.suptitle(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
