@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from featinv.report.benchmark import benchmark_sections, write_tables
 from featinv.report.page import file_tag, write_page
 from train import train
 
-BUNDLED = "scenes64/efficientnet_lite0"
+BUNDLED = "scenes64/efficientnet_lite0_early"
+JUDGE = "final"
+"""Layer whose features judge every row: the last, although an earlier one is inverted."""
 
 
 def contestants(trained: Trained, backbone: Any, sizes: DictConfig) -> dict[str, Contestant]:
-    """The branch just trained, the bundled one, and the optimisation inverter on a few images."""
+    """The branch just trained, the bundled one, and the optimisation inverter on a few images, all given one layer."""
     node = load_group("inverter", "optimisation")
     node.params.steps = sizes.slow_steps
     optimisation = build_inverter(DictConfig({"inverter": node}), backbone.spec, backbone, size=trained.inverter.size)
@@ -43,7 +46,7 @@ def contestants(trained: Trained, backbone: Any, sizes: DictConfig) -> dict[str,
         bundled = load_trained(BUNDLED)
         rows["bundled"] = Contestant(bundled.inverter, about={"note": bundled.note})
     rows[f"optimisation-{sizes.slow_steps}"] = Contestant(optimisation, sizes.slow_images, {"steps": sizes.slow_steps})
-    return rows
+    return {name: replace(row, backbone=backbone) for name, row in rows.items()}
 
 
 def run(config: DictConfig, out: Path) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def run(config: DictConfig, out: Path) -> dict[str, Any]:
     data = instantiate(config.data, where="data")
     data.setup()
     benchmark = Benchmark(
-        backbone,
+        backbone.at(JUDGE),
         Subset(data.val, range(config.demo.images)),  # type: ignore[arg-type]
         out,
         referee=load_backbone("mobilenetv2"),
