@@ -71,7 +71,7 @@ def _looked_up(x: Array, places: Array, mode: str) -> Array:
 def glass_blur(x: Array, parameters: tuple[float, int, int], generator: Generator) -> Array:
     """Blur, move every pixel at random by up to `reach`, `times` over, and blur again."""
     times = parameters[2]
-    sigma, reach = (value * _scale(x) for value in parameters[:2])
+    sigma, reach = parameters[0] * _scale(x), parameters[1] * _scale(x)
     x = _blurred(x, sigma)
     for _ in range(times):
         places = np.indices(x.shape[:2]) + generator.uniform(-reach, reach, (2, *x.shape[:2]))
@@ -170,7 +170,7 @@ def elastic_transform(x: Array, parameters: tuple[float, float, float], generato
     before = np.array([centre + third, [centre[0] + third, centre[1] - third], centre - third], dtype=float)
     after = before + generator.uniform(-corner, corner, before.shape)
     linear = np.linalg.solve(np.c_[after, np.ones(3)], before)  # output position -> input position
-    grid = np.stack(list(np.indices(x.shape[:2])), -1).astype(float)
+    grid = np.moveaxis(np.indices(x.shape[:2]), 0, -1).astype(float)
     grid = grid @ linear[:2] + linear[2]
     noise = generator.uniform(-1, 1, (2, *x.shape[:2]))
     shift = np.stack([ndimage.gaussian_filter(n, sigma, mode="reflect", truncate=3) * alpha for n in noise])
