@@ -150,6 +150,6 @@ def test_every_config_names_real_constructors_and_parameters(path: Path) -> None
     if path.parent.name == "experiment":
         content = OmegaConf.to_container(load_config(path.stem))
     nodes = list(_nodes(content))
-    assert nodes or path.stem in ("sample", "layers")
+    assert nodes or path.parent.name == "configs"  # a task of eval or tools may have only plain keys
     for node in nodes:
         check_params(resolve_target(node["target"]), list(node.get("params") or {}), str(path))
