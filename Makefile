@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
+APP_STAMP := .venv/.installed-app
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test clean
+.PHONY: help install demo app lint test clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -20,6 +21,13 @@ install: $(STAMP)  ## Make .venv with the locked versions.
 
 demo: $(STAMP)  ## Train a branch, sample, evaluate; runs/demo/report.html.
 	$(BIN)/python -m tools.demo
+
+$(APP_STAMP): requirements-app.lock $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-app.lock
+	touch $(APP_STAMP)
+
+app: $(APP_STAMP)  ## The app in a browser, on this machine alone (docs/app.md).
+	$(BIN)/python -m tools.app
 
 lint: $(STAMP)  ## Lint, format check, type check.
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featinv.errors import UserError
-from featinv.files import load_safetensors, save_safetensors
+from featinv.files import load_safetensors, read_metadata, save_safetensors
 
 _TREE = "featinv_tree"
 
@@ -33,9 +33,22 @@ def load_checkpoint(path: str | Path) -> Any:
         UserError: If the file is missing, truncated or not one of ours.
     """
     tensors, metadata = load_safetensors(path)
+    return _unflatten(_skeleton(path, metadata), tensors)
+
+
+def read_header(path: str | Path) -> Any:
+    """The same structure with None for every tensor: quick, however large the file is.
+
+    Raises:
+        UserError: As `load_checkpoint`.
+    """
+    return _unflatten(_skeleton(path, read_metadata(path)), None)
+
+
+def _skeleton(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
     if _TREE not in metadata:
         raise UserError(f"{path} is a safetensors file but not a featinv checkpoint.")
-    return _unflatten(json.loads(metadata[_TREE]), tensors)
+    return json.loads(metadata[_TREE])
 
 
 def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -55,10 +68,10 @@ def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise UserError(f"a checkpoint cannot hold {type(node).__name__} at {name.lstrip('.')!r}.")
 
 
-def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor] | None) -> Any:
     ((kind, content),) = node.items()
     if kind == "tensor":
-        return tensors[content]
+        return None if tensors is None else tensors[content]
     if kind == "dict":
         return {key: _unflatten(value, tensors) for key, value in content}
     if kind in ("list", "tuple"):

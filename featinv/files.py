@@ -85,20 +85,35 @@ def save_safetensors(
             raise OSError(str(error)) from error
 
 
+@contextlib.contextmanager
+def _open_safetensors(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); restore it or delete it.") from error
+
+
 def load_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata; the format cannot hold code.
 
     Raises:
         UserError: If the file is missing, truncated or of another kind.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}.") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); restore it or delete it.") from error
+    with _open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read a safetensors file's metadata alone.
+
+    Raises:
+        UserError: As `load_safetensors`.
+    """
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
