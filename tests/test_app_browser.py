@@ -132,7 +132,7 @@ def test_cancel_ends_the_work_and_the_app_goes_on(page, session, choice) -> None
 
 def test_choosing_a_layer_changes_the_lists(page) -> None:
     page.click("#layer input")
-    page.get_by_role("option").nth(1).click()
+    page.get_by_role("option").nth(0).click()
     page.wait_for_function("() => document.querySelector('#inverter input').value === 'optimisation'")
     _tab(page, "Methods")
     assert page.locator("#methods input[type=checkbox]").count() == 1

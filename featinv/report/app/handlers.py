@@ -20,8 +20,10 @@ from featinv.report.app.background import Cancelled, Job
 from featinv.report.app.models import Choice
 from featinv.report.app.pictures import SIDE, example, from_array, to_array, uploaded, with_box
 from featinv.report.app.session import Picture, Session
+from featinv.report.page import picture_tag
 
-Gallery = list[tuple[np.ndarray, str]]
+SHOWN = 192
+"""About the side in pixels at which results are shown."""
 NO_SALIENCY = "none"
 CANCELLED = "Cancelled."
 
@@ -48,9 +50,14 @@ def enlarged(image: Tensor) -> np.ndarray:
     return to_array(F.interpolate(image[None], scale_factor=max(1, SIDE // max(image.shape[1:])))[0])
 
 
-def gallery(pictures: Sequence[Picture]) -> Gallery:
-    """Pictures as Gradio's gallery takes them."""
-    return [(enlarged(picture.image), picture.caption) for picture in pictures]
+def figures(pictures: Sequence[Picture]) -> str:
+    """Pictures in a row, each with its whole caption below; Gradio's gallery cuts captions short."""
+    cells = (
+        f"<figure>{picture_tag(p.image, max(1, SHOWN // p.image.shape[-1]))}"
+        f"<figcaption>{html.escape(p.caption)}</figcaption></figure>"
+        for p in pictures
+    )
+    return f'<div class="figures">{"".join(cells)}</div>'
 
 
 def whole(value: float | None, what: str) -> int:
@@ -124,7 +131,7 @@ class Handlers:
     @friendly(1)
     def pick(self, name: str, number: float | None) -> np.ndarray:
         """An example picture."""
-        return to_array(example(name, whole(number, "the scene")))
+        return enlarged(example(name, whole(number, "the scene")))
 
     @friendly(1)
     def upload(self, path: str | None) -> Any:
@@ -139,8 +146,9 @@ class Handlers:
     @friendly(3)
     def layers(self, backbone: str) -> tuple[Any, Any, Any]:
         """The lists of layers, inverters and methods of a backbone."""
-        layers = self.session.models.layers(backbone)
-        return gr.Dropdown(choices=layers, value=layers[0]), *self.inverters(backbone, layers[0])
+        models = self.session.models
+        layers, layer = models.layers(backbone), models.start(backbone)
+        return gr.Dropdown(choices=layers, value=layer), *self.inverters(backbone, layer)
 
     @friendly(2)
     def inverters(self, backbone: str, layer: str) -> tuple[Any, Any]:
@@ -149,19 +157,17 @@ class Handlers:
         return gr.Dropdown(choices=names, value=names[0]), gr.CheckboxGroup(choices=names, value=names)
 
     @friendly(2)
-    def explain(
-        self, method: str, image: np.ndarray, first: np.ndarray | None, *choice: str
-    ) -> tuple[Gallery | None, str]:
+    def explain(self, method: str, image: np.ndarray, first: np.ndarray | None, *choice: str) -> tuple[str, str]:
         """Saliency of the picture and of the first sample."""
         if method == NO_SALIENCY or first is None:
-            return None, ""
+            return "", ""
         pictures = [from_array(image), from_array(first)]
         try:
             maps = self.session.saliency(Choice(*choice), pictures, method)
         except UserError as error:  # not every network can do every method; the samples are there all the same
-            return None, str(error)
+            return "", str(error)
         names = ("the picture", "sample 1")
-        return gallery([Picture(m, f"{method} of {name}") for m, name in zip(maps, names, strict=True)]), ""
+        return figures([Picture(m, f"{method} of {name}") for m, name in zip(maps, names, strict=True)]), ""
 
     def sample(
         self,
@@ -171,28 +177,28 @@ class Handlers:
         count: int,
         method: str,
         *choice: str,
-    ) -> tuple[Gallery, Gallery, Gallery | None, str, np.ndarray]:
+    ) -> tuple[str, str, str, str, np.ndarray]:
         """Samples, the maps of where they differ, saliency with its note, and the first sample."""
         picture = from_array(image)
         found = self.session.sample(Choice(*choice), picture, int(count), whole(seed, "the seed"), progress)
         first = to_array(found.samples[0].image)
         shown, note = self.explain(method, image, first, *choice)
-        return gallery([found.seen, *found.samples]), gallery([found.pixels, found.features]), shown, note, first
+        return figures([found.seen, *found.samples]), figures([found.pixels, found.features]), shown, note, first
 
     def steer(
         self, progress: Progress, image: np.ndarray, seed: float | None, everywhere: bool, *rest: Any
-    ) -> tuple[Gallery]:
+    ) -> tuple[str]:
         """Pictures along the sliders; `rest` is the region, pairs of concept and strength, and the choice."""
         box, moves, choice = rest[:4], rest[4:-3], rest[-3:]
         pairs = [(str(word or ""), float(strength)) for word, strength in zip(moves[::2], moves[1::2], strict=True)]
         where = None if everywhere else box
         picture = from_array(image)
         found = self.session.steer(Choice(*choice), picture, pairs, whole(seed, "the seed"), where, progress)  # type: ignore[arg-type]
-        return (gallery(found),)
+        return (figures(found),)
 
     def paste(
         self, progress: Progress, image: np.ndarray, seed: float | None, other: np.ndarray, moved: bool, *rest: Any
-    ) -> tuple[Gallery]:
+    ) -> tuple[str]:
         """Before, after and the change; `rest` is the region, its new place, and the choice."""
         box, to, choice = rest[:4], rest[4:6], rest[6:]
         if other is None:
@@ -200,7 +206,7 @@ class Handlers:
         pictures = from_array(image), from_array(other)
         place = to if moved else None
         found = self.session.paste(Choice(*choice), *pictures, box, whole(seed, "the seed"), place, progress)  # type: ignore[arg-type]
-        return (gallery(found),)
+        return (figures(found),)
 
     def compare(
         self,
@@ -211,10 +217,10 @@ class Handlers:
         backbone: str,
         layer: str,
         _inverter: str,
-    ) -> tuple[Gallery]:
+    ) -> tuple[str]:
         """The picture through several inverters."""
         number, picture = whole(seed, "the seed"), from_array(image)
-        return (gallery(self.session.compare(backbone, layer, names, picture, number, progress)),)
+        return (figures(self.session.compare(backbone, layer, names, picture, number, progress)),)
 
 
 def status(text: str, share: float | None = None) -> str:

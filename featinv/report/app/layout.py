@@ -15,7 +15,15 @@ from featinv.report.app.session import Session
 
 SLIDERS = 3
 """Concepts that can be steered at once."""
-_CSS = ".gradio-container img {image-rendering: pixelated}"
+_SCENES = (3, 4)  # the pictures that the page starts with
+_BOX = (0.25, 0.25, 0.75, 0.75)
+_CSS = """
+.gradio-container img {image-rendering: pixelated}
+.figures {display: flex; flex-wrap: wrap; gap: 12px}
+.figures figure {margin: 0; max-width: 260px; width: min-content; min-width: 192px}
+.figures img {max-width: 100%}
+.figures figcaption {font-size: 13px; line-height: 1.35; margin-top: 4px}
+"""
 
 
 class _Page:
@@ -29,25 +37,30 @@ class _Page:
             gr.Markdown("# What did this layer keep?\nPictures drawn from a feature map alone.")
             with gr.Row():
                 with gr.Column(scale=1, min_width=320):
-                    self.image = self.picture("Picture", "picture")
+                    self.image = self.picture("Picture", "picture", _SCENES[0])
+                with gr.Column(scale=3):
                     self.choosers()
-                with gr.Column(scale=3), gr.Tabs():
-                    for title, tab in (
-                        ("Samples", self.samples),
-                        ("Steering", self.steering),
-                        ("Paste a region", self.pasting),
-                        ("Methods", self.methods),
-                    ):
-                        with gr.Tab(title):
-                            tab()
+                    self.tabs()
             self.cancel.click(self.stop, None, None, queue=False, api_visibility="private")
             page.unload(self.stop)
         return page
 
+    def tabs(self) -> None:
+        parts = {
+            "Samples": self.samples,
+            "Steering": self.steering,
+            "Paste a region": self.pasting,
+            "Methods": self.methods,
+        }
+        with gr.Tabs():
+            for title, part in parts.items():
+                with gr.Tab(title):
+                    part()
+
     def stop(self, request: gr.Request) -> None:
         self.handlers.cancel(request.session_hash)
 
-    def picture(self, label: str, name: str, number: int = 3) -> gr.Image:
+    def picture(self, label: str, name: str, number: int) -> gr.Image:
         """A picture that is picked or uploaded."""
         start = enlarged(example(SCENE, number))
         image = gr.Image(start, label=label, format="png", interactive=False, elem_id=name, height=280, buttons=[])
@@ -62,14 +75,18 @@ class _Page:
     def choosers(self) -> None:
         """Backbone, layer, inverter, seed; cancel and status."""
         models = self.session.models
-        backbone, layers = models.backbones[0], models.layers(models.backbones[0])
-        names = models.inverters(backbone, layers[0])
-        self.backbone = gr.Dropdown(models.backbones, value=backbone, label="Backbone", elem_id="backbone")
-        self.layer = gr.Dropdown(layers, value=layers[0], label="Layer", elem_id="layer")
-        self.inverter = gr.Dropdown(names, value=names[0], label="Inverter", elem_id="inverter")
-        self.seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-        self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
-        self.status = gr.HTML(status("Ready."), elem_id="status")
+        backbone = models.backbones[0]
+        layer = models.start(backbone)
+        names = models.inverters(backbone, layer)
+        with gr.Row():
+            self.backbone = gr.Dropdown(models.backbones, value=backbone, label="Backbone", elem_id="backbone")
+            self.layer = gr.Dropdown(models.layers(backbone), value=layer, label="Layer", elem_id="layer")
+            self.inverter = gr.Dropdown(names, value=names[0], label="Inverter", elem_id="inverter")
+            self.seed = gr.Number(0, label="Seed", precision=0, min_width=80, scale=0, elem_id="seed")
+        with gr.Row():
+            with gr.Column(scale=4):
+                self.status = gr.HTML(status("Ready."), elem_id="status")
+            self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=1)
         self.choice = [self.backbone, self.layer, self.inverter]
 
     def samples(self) -> None:
@@ -77,9 +94,9 @@ class _Page:
             count = gr.Slider(2, 16, value=4, step=1, label="Samples", elem_id="count")
             method = gr.Dropdown([NO_SALIENCY, *SALIENCY], value="grad_cam", label="Saliency", elem_id="saliency")
         button = gr.Button("Draw samples", variant="primary", elem_id="draw")
-        drawn = _gallery("The picture as the network sees it, and samples of its features", "samples", 5)
-        maps = _gallery("Where the samples differ: black is the same in all", "maps", 2)
-        shown, note, first = _gallery("What the class score depends on", "explained", 2), gr.Markdown(), gr.State()
+        drawn = _figures("The picture as the network sees it, and samples of its features", "samples")
+        maps = _figures("Where the samples differ: black is the same in all", "maps")
+        shown, note, first = _figures("What the class score depends on", "explained"), gr.Markdown(), gr.State()
         inputs = [self.image, self.seed, count, method, *self.choice]
         self.long(button, self.handlers.sample, inputs, [drawn, maps, shown, note, first])
         explain = [method, self.image, first, *self.choice]
@@ -101,23 +118,24 @@ class _Page:
         everywhere = gr.Checkbox(True, label="Everywhere; if not, in this region alone:")
         box = _region("steer")
         button = gr.Button("Steer", variant="primary", elem_id="steer")
-        found = _gallery("As it was, half of the way, all of it", "steered", 3)
+        found = _figures("As it was, half of the way, all of it", "steered")
         inputs = [self.image, self.seed, everywhere, *box, *moves, *self.choice]
         self.long(button, self.handlers.steer, inputs, [found])
 
     def pasting(self) -> None:
         with gr.Row():
             with gr.Column():
-                other = self.picture("Cut from", "other", number=4)
+                other = self.picture("Cut from", "other", _SCENES[1])
             with gr.Column():
-                cut = gr.Image(label="The region", interactive=False, format="png", height=280, buttons=[])
+                start = self.handlers.outline(enlarged(example(SCENE, _SCENES[1])), *_BOX)
+                cut = gr.Image(start, label="The region", interactive=False, format="png", height=280, buttons=[])
                 box = _region("paste")
                 moved = gr.Checkbox(False, label="Put its corner elsewhere:")
                 to = [gr.Slider(0, 1, value=0.5, step=0.05, label=label) for label in ("To left", "To top")]
         for part in (other, *box):
             self.short(part.change, self.handlers.outline, [other, *box], cut)
         button = gr.Button("Paste into the picture", variant="primary", elem_id="paste")
-        found = _gallery("Decoded without and with the region, and the difference", "pasted", 3)
+        found = _figures("Decoded without and with the region, and the difference", "pasted")
         inputs = [self.image, self.seed, other, moved, *box, *to, *self.choice]
         self.long(button, self.handlers.paste, inputs, [found])
 
@@ -125,7 +143,7 @@ class _Page:
         names = self.session.models.inverters(self.backbone.value, self.layer.value)
         ticked = gr.CheckboxGroup(names, value=names, label="Inverters of this layer", elem_id="methods")
         button = gr.Button("Compare", variant="primary", elem_id="compare")
-        found = _gallery("The same features through each", "compared", 4)
+        found = _figures("The same features through each", "compared")
         self.long(button, self.handlers.compare, [self.image, self.seed, ticked, *self.choice], [found])
         lists = [self.layer, self.inverter, ticked]
         self.short(self.backbone.input, self.handlers.layers, self.backbone, lists, heavy=True)
@@ -154,15 +172,15 @@ class _Page:
         event(bound, inputs, outputs, show_progress="hidden", concurrency_limit=None, api_visibility="private")
 
 
-def _gallery(label: str, name: str, columns: int) -> gr.Gallery:
-    return gr.Gallery(label=label, elem_id=name, columns=columns, format="png", height="auto", object_fit="contain")
+def _figures(label: str, name: str) -> gr.HTML:
+    return gr.HTML(label=label, show_label=True, container=True, min_height=120, elem_id=name)
 
 
 def _region(name: str) -> list[gr.Slider]:
     with gr.Row():
         return [
-            gr.Slider(0, 1, value=value, step=0.05, label=side.capitalize(), elem_id=f"{name}-{side}", min_width=100)
-            for side, value in (("left", 0.25), ("top", 0.25), ("right", 0.75), ("bottom", 0.75))
+            gr.Slider(0, 1, value=value, step=0.05, label=side.capitalize(), elem_id=f"{name}-{side}", min_width=160)
+            for side, value in zip(("left", "top", "right", "bottom"), _BOX, strict=True)
         ]
 
 

@@ -132,9 +132,15 @@ class Models:
         return list(self._sources)
 
     def layers(self, backbone: str) -> list[str]:
-        """Layers, those with a trained inverter first; loads the backbone."""
-        trained = [entry.layer for entry in self._entries if entry.backbone == backbone]
-        return list(dict.fromkeys(trained + self._backbone(backbone).layers))
+        """Layers, first to last; loads the backbone."""
+        return list(dict.fromkeys(self._backbone(backbone).layers + self._trained_layers(backbone)))
+
+    def start(self, backbone: str) -> str:
+        """The layer to start with: one that has a trained inverter, else the backbone's own."""
+        return [*self._trained_layers(backbone), self._backbone(backbone).layer][0]
+
+    def _trained_layers(self, backbone: str) -> list[str]:
+        return [entry.layer for entry in self._entries if entry.backbone == backbone]
 
     def inverters(self, backbone: str, layer: str) -> list[str]:
         """Inverters of that layer; the last is the optimisation inverter."""
