@@ -1,6 +1,6 @@
 """Draw images that have the features of given images.
 
-python sample.py                                             the branch of `make demo`, held-out scenes
+python sample.py                                             the bundled branch, held-out scenes
 python sample.py image=my.jpg samples=8                      one picture, eight samples
 python sample.py inverter=runs/convnext_base per_class=10 n=null samples=1 out=runs/val   ImageNet val, 10 a class
 
