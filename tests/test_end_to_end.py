@@ -187,7 +187,7 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path}", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     prior = load_prior(tmp_path / "prior")
-    assert prior.size == 64 and prior.latent_shape == (56, 8, 8)
+    assert prior.size == 64 and prior.latent_shape == (12, 16, 16)
     assert json.loads((tmp_path / "first_stage.json").read_text())["psnr"] > 25
     assert load_png(tmp_path / "samples.png").shape[0] == 3
 
