@@ -431,3 +431,19 @@ def test_the_page_is_built_and_stays_on_this_machine(session, monkeypatch) -> No
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
     page, _ = serve(session, port=1)
     assert asked["server_name"] == "127.0.0.1" and asked["share"] is False and page.analytics_enabled is False
+
+    def taken(self, **options):
+        raise OSError("Cannot find empty port in range: 1-1.")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", taken)
+    with pytest.raises(UserError, match="--port"):
+        serve(session, port=1)
+
+
+def test_the_command_says_what_is_missing(monkeypatch, capsys) -> None:
+    from tools import app
+
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        app.main([])
+    assert ended.value.code == 2 and "make app" in capsys.readouterr().err

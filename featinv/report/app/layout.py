@@ -19,7 +19,8 @@ _SCENES = (3, 4)  # the pictures that the page starts with
 _BOX = (0.25, 0.25, 0.75, 0.75)
 _CSS = """
 .gradio-container img {image-rendering: pixelated}
-.figures {display: flex; flex-wrap: wrap; gap: 12px}
+.figures {display: flex; flex-wrap: wrap; gap: 12px; padding-top: 16px}
+progress {accent-color: var(--color-accent)}
 .figures figure {margin: 0; max-width: 260px; width: min-content; min-width: 192px}
 .figures img {max-width: 100%}
 .figures figcaption {font-size: 13px; line-height: 1.35; margin-top: 4px}
@@ -81,7 +82,7 @@ class _Page:
         with gr.Row():
             self.backbone = gr.Dropdown(models.backbones, value=backbone, label="Backbone", elem_id="backbone")
             self.layer = gr.Dropdown(models.layers(backbone), value=layer, label="Layer", elem_id="layer")
-            self.inverter = gr.Dropdown(names, value=names[0], label="Inverter", elem_id="inverter")
+            self.inverter = gr.Dropdown(names, value=names[0], label="Inverter", scale=2, elem_id="inverter")
             self.seed = gr.Number(0, label="Seed", precision=0, min_width=80, scale=0, elem_id="seed")
         with gr.Row():
             with gr.Column(scale=4):
@@ -221,5 +222,5 @@ def serve(session: Session, port: int = 7860, share: bool = False, wait: bool = 
             quiet=True,
         )
     except OSError as error:
-        raise UserError(f"cannot listen on port {port} ({error}); choose another with --port.") from error
+        raise UserError(f"port {port} is not free; choose another with --port.") from error
     return page, address
