@@ -80,10 +80,10 @@ class _Page:
         layer = models.start(backbone)
         names = models.inverters(backbone, layer)
         with gr.Row():
-            self.backbone = gr.Dropdown(models.backbones, value=backbone, label="Backbone", elem_id="backbone")
-            self.layer = gr.Dropdown(models.layers(backbone), value=layer, label="Layer", elem_id="layer")
-            self.inverter = gr.Dropdown(names, value=names[0], label="Inverter", scale=2, elem_id="inverter")
-            self.seed = gr.Number(0, label="Seed", precision=0, min_width=80, scale=0, elem_id="seed")
+            self.backbone = gr.Dropdown(models.backbones, value=backbone, label="Backbone", scale=4, elem_id="backbone")
+            self.layer = gr.Dropdown(models.layers(backbone), value=layer, label="Layer", scale=2, elem_id="layer")
+            self.inverter = gr.Dropdown(names, value=names[0], label="Inverter", scale=5, elem_id="inverter")
+            self.seed = gr.Number(0, label="Seed", precision=0, min_width=80, scale=1, elem_id="seed")
         with gr.Row():
             with gr.Column(scale=4):
                 self.status = gr.HTML(status("Ready."), elem_id="status")
