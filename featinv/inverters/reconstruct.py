@@ -123,14 +123,14 @@ def _prepare(
     return manifest
 
 
-def _missing(manifest: dict[str, Any], folder: Path, size: int) -> list[tuple[int, int]]:
+def _missing(manifest: dict[str, Any], folder: Path, size: int) -> set[tuple[int, int]]:
     """(image, sample) of the pictures that are not there or not whole."""
-    return [
+    return {
         (i, k)
         for i, entry in enumerate(manifest["images"])
         for k, sample in enumerate(entry["samples"])
         if not is_whole(folder / sample["file"], size)
-    ]
+    }
 
 
 def reconstruct(
@@ -149,8 +149,8 @@ def reconstruct(
 ) -> Reconstructions:
     """Reconstruct images from their features.
 
-    A picture that is there and whole is kept; a missing or damaged one is made again, from the same seed. Under
-    torchrun the processes share the batches.
+    A picture that is there and whole is kept; a missing or damaged one is made again, from the same seed and in the
+    same batch, so that it comes out bit for bit as before. Under torchrun the processes share the batches.
 
     Args:
         inverter: Any inverter.
@@ -160,7 +160,7 @@ def reconstruct(
         samples: Reconstructions of each image.
         seed: The seed of sample k of an image follows from (seed, id, k).
         size: Originals are stored at this side, which is the inverter's.
-        batch_size: Reconstructions at a time; changes the speed, not the pictures.
+        batch_size: Reconstructions at a time; changes the speed, and the pictures by rounding only.
         about: Written into the manifest (configuration, versions).
         title: Of the progress bar.
         originals: A folder that holds them already, as ID.png; by default they are written into `folder`.
@@ -177,11 +177,14 @@ def reconstruct(
         if len(todo) < samples * len(items):
             there = samples * len(items) - len(todo)
             log.info("%d of %d reconstructions are already there", there, samples * len(items))
-        batches = own_share([todo[start : start + batch_size] for start in range(0, len(todo), batch_size)])
+        # Batches stay those of an uninterrupted run: rounding depends on what is computed together.
+        every = [(i, k) for i in range(len(items)) for k in range(samples)]
+        whole = [every[start : start + batch_size] for start in range(0, len(every), batch_size)]
+        batches = own_share([batch for batch in whole if todo.intersection(batch)])
         quiet = not batches or process_rank()[0] > 0
         with tqdm(total=sum(map(len, batches)), desc=title, unit="img", disable=quiet) as bar:
             for batch in batches:
-                _make(inverter, backbone, items, manifest, batch, folder)
+                _make(inverter, backbone, items, manifest, batch, todo, folder)
                 bar.update(len(batch))
         wait_for_all()
     return Reconstructions(folder)
@@ -193,16 +196,19 @@ def _make(
     items: Items,
     manifest: dict[str, Any],
     batch: list[tuple[int, int]],
+    todo: set[tuple[int, int]],
     folder: Path,
 ) -> None:
-    """Draw and store one batch of (image, sample)."""
+    """Draw one batch of (image, sample) and store those of it that are in `todo`."""
     read = {i: items[i]["image"] for i in {i for i, _ in batch}}
     images = torch.stack([read[i] for i, _ in batch])
     drawn = [manifest["images"][i]["samples"][k] for i, k in batch]
     with torch.no_grad():
         features = backbone(images.to(backbone.mean.device))
     pictures = inverter.invert(features, seeds=[sample["seed"] for sample in drawn])
-    for sample, picture in zip(drawn, pictures, strict=True):
+    for place, sample, picture in zip(batch, drawn, pictures, strict=True):
+        if place not in todo:
+            continue
         if not picture.isfinite().all():
             raise UserError(f"{sample['file']} (seed {sample['seed']}) is not finite; the inverter has diverged.")
         save_png(folder / sample["file"], picture)
