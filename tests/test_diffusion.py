@@ -5,6 +5,7 @@ from diffusers import DDPMScheduler
 
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
+from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.controlled_unet import EstimateGate, unconditional
 from featinv.diffusion.first_stage import normalise_latents
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
@@ -214,8 +215,9 @@ def test_an_open_gate_predicts_the_estimate_and_a_closed_one_nothing(kind: str) 
     assert torch.equal(gate(model_pred, noisy, timesteps, estimate), model_pred)
     with torch.no_grad():
         gate.values.fill_(1 / gate.SPEED)
-    moved = DiffusionLoss(scheduler)._estimate(noisy, gate(model_pred, noisy, timesteps, estimate), timesteps)
-    before = DiffusionLoss(scheduler)._estimate(noisy, model_pred, timesteps)
+    alphas = scheduler.alphas_cumprod[timesteps]
+    moved = clean_latents(noisy, gate(model_pred, noisy, timesteps, estimate), alphas, kind)
+    before = clean_latents(noisy, model_pred, alphas, kind)
     share = (1 - scheduler.alphas_cumprod[timesteps]).view(-1, 1, 1, 1)  # how far an open gate goes: the noise's share
     assert torch.allclose(moved, before + share * (estimate - before), rtol=1e-3, atol=1e-3)
     estimate[1] = torch.nan

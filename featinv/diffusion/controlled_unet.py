@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.light_branch import LightBranch, Residuals
 
 
@@ -83,7 +84,7 @@ class EstimateGate(nn.Module):
         super().__init__()
         self.values = nn.Parameter(torch.zeros(knots, channels))
         self.register_buffer("alphas", scheduler.alphas_cumprod.clone().float(), persistent=False)
-        self.velocity = scheduler.config.prediction_type == "v_prediction"
+        self.prediction_type: str = scheduler.config.prediction_type
 
     def forward(self, model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, estimate: Tensor) -> Tensor:
         """Corrected model_pred (N, c, h, w); `timesteps` is (N,); rows whose estimate is NaN stay as they are."""
@@ -92,11 +93,8 @@ class EstimateGate(nn.Module):
         gates = torch.lerp(self.values[low], self.values[low + 1], (place - low)[:, None].to(self.values.dtype))
         gates = (self.SPEED * gates)[:, :, None, None]
         alphas = self.alphas[timesteps.round().long()].view(-1, 1, 1, 1)
-        signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
-        if self.velocity:
-            clean, weight = signal * noisy_latents - noise * model_pred, noise
-        else:
-            clean, weight = (noisy_latents - noise * model_pred) / signal, noise * signal
+        clean = clean_latents(noisy_latents, model_pred, alphas, self.prediction_type)
+        weight = (1 - alphas).sqrt() * (1 if self.prediction_type == "v_prediction" else alphas.sqrt())
         pull = torch.where(estimate.isnan(), 0.0, estimate - clean)
         return model_pred - gates * weight * pull
 

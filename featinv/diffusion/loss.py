@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from featinv.diffusion.clean import clean_latents
 from featinv.errors import UserError
 from featinv.image import seeded_noise
 
@@ -65,10 +66,5 @@ class DiffusionLoss:
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         loss = (model_pred.float() - target.float()).square().flatten(1).mean(1) * self.weights(timesteps)
-        return loss, self._estimate(noisy_latents, model_pred, timesteps)
-
-    def _estimate(self, noisy_latents: Tensor, model_pred: Tensor, timesteps: Tensor) -> Tensor:
-        alphas = self.scheduler.alphas_cumprod.to(noisy_latents.device)[timesteps].view(-1, 1, 1, 1)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return alphas.sqrt() * noisy_latents - (1 - alphas).sqrt() * model_pred
-        return (noisy_latents - (1 - alphas).sqrt() * model_pred) / alphas.sqrt()
+        alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        return loss, clean_latents(noisy_latents, model_pred, alphas, self.scheduler.config.prediction_type)

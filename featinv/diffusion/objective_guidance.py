@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.controlled_unet import Conditions, ControlledUNet
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.guidance import Guidance, NoGuidance
@@ -82,14 +83,10 @@ class ObjectiveGuidance:
         level = step / self.scheduler.config.num_train_timesteps
         if not self.strength or not self.interval[0] <= level <= self.interval[1]:
             return model_pred
-        alpha = float(self.scheduler.alphas_cumprod[step])
-        signal, noise = alpha**0.5, (1 - alpha) ** 0.5
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        clean = (
-            signal * noisy_latents - noise * model_pred if velocity else (noisy_latents - noise * model_pred) / signal
-        )
+        alpha, kind = self.scheduler.alphas_cumprod[step], self.scheduler.config.prediction_type
+        clean = clean_latents(noisy_latents, model_pred, alpha, kind)
         delta = self._uphill(clean) - clean
-        return model_pred - delta * ((1 if velocity else signal) / noise)
+        return model_pred - delta * ((1 if kind == "v_prediction" else float(alpha) ** 0.5) / float(1 - alpha) ** 0.5)
 
     def _uphill(self, clean: Tensor) -> Tensor:
         for _ in range(self.iterations):
