@@ -173,3 +173,22 @@ def test_every_shipped_backbone_gives_a_map(path: Path) -> None:
 
     spec = without_weights(path.stem).spec
     assert spec.height == spec.width > 1 and spec.channels > 1
+
+
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer2"), ("tf_efficientnet_lite0", "blocks.2")])
+def test_the_rest_of_the_network_makes_the_last_map_of_an_earlier_one(name: str, layer: str) -> None:
+    early = load_backbone(name, layer, pretrained=False, input_size=64)
+    images = torch.rand(3, 3, 64, 64, requires_grad=True)
+    last = early.final_from(early(images))
+    assert torch.allclose(last, early.at("final")(images), rtol=1e-4, atol=1e-5)
+    last.sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert torch.equal(early(images), early(images)), "no hook stays behind"
+    features = torch.rand(2, 8, 2, 2)
+    assert early.at("final").final_from(features) is features
+
+
+def test_a_map_that_lacks_tokens_cannot_go_on() -> None:
+    vit = load_backbone("vit_tiny_patch16_224", "blocks.2", pretrained=False, input_size=32)
+    with pytest.raises(UserError, match="not all that the next layer reads"):
+        vit.final_from(vit(torch.rand(1, 3, 32, 32)))

@@ -3,6 +3,7 @@ import torch
 from conftest import tiny_prior
 from omegaconf import OmegaConf
 
+from featinv.backbones import load_backbone
 from featinv.conditioning.encoders import SpatialEncoder
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
@@ -126,3 +127,18 @@ def test_sample_consistency_judges_what_invert_draws(backbone) -> None:
     cosine = torch.nn.functional.cosine_similarity(backbone(images).flatten(1), features.flatten(1))
     distance = SampleConsistency(rows=3)(module.inverter, backbone, {}, features, [1, 2, 3])
     assert float(distance) == pytest.approx(1 - float(cosine.mean()), abs=1e-5)
+
+
+def test_consistency_in_the_last_map_adds_its_own_distance() -> None:
+    images = torch.rand(3, 3, 32, 32)
+    early = load_backbone("resnet18", layer="layer2", pretrained=False, input_size=32)
+    module = _module(early)
+    features = early(images)
+    term = SampleConsistency(rows=3, last_weight=0.5)
+    drawn = module.inverter.invert(features, seeds=[1, 2, 3])
+    cosines = [
+        torch.nn.functional.cosine_similarity(b(drawn).flatten(1), b(images).flatten(1)).mean()
+        for b in (early, early.at("final"))
+    ]
+    expected = 1 - float(cosines[0]) + 0.5 * (1 - float(cosines[1]))
+    assert float(term(module.inverter, early, {}, features, [1, 2, 3])) == pytest.approx(expected, abs=1e-4)

@@ -102,6 +102,16 @@ class Backbone(nn.Module):
         """Images (N, 3, H, W) in [0, 1] -> features (N, C, H, W)."""
         raise NotImplementedError
 
+    def final_from(self, features: Tensor) -> Tensor:
+        """The network's last map of images whose map at this layer is `features` (N, C, H, W).
+
+        Raises:
+            UserError: If this layer's map does not determine it.
+        """
+        if self.layer == "final":
+            return features
+        raise UserError(f"{type(self).__name__} cannot go on from layer {self.layer!r} to the last map.")
+
     def logits_from(self, features: Tensor) -> Tensor:
         """Class scores (N, K) from a feature map (N, C, H, W).
 

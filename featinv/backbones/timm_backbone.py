@@ -111,6 +111,30 @@ class TimmBackbone(Backbone):
         """Class scores (N, K) of images (N, 3, H, W) in [0, 1]."""
         return self.model(self.preprocess(images))
 
+    def final_from(self, features: Tensor) -> Tensor:
+        """The network's last map (N, C', H', W') of images whose map at this layer is `features` (N, C, H, W).
+
+        The rest of the network runs as it is: on a blank picture, with the layer's output replaced.
+
+        Raises:
+            UserError: If the layer gives tokens, some of which the map does not hold, or is not one module.
+        """
+        module = dict(self.model.named_modules()).get(self.layer)
+        if self.layer == "final" or module is None:
+            return super().final_from(features)
+
+        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
+            if not isinstance(output, Tensor) or output.shape != features.shape:
+                raise UserError(f"the map of layer {self.layer!r} of {self.name} is not all that the next layer reads.")
+            return features
+
+        blank = self.mean.new_zeros(len(features), 3, self.input_size, self.input_size)
+        handle = module.register_forward_hook(replace)
+        try:
+            return self._nchw(self.model.forward_features(blank))
+        finally:
+            handle.remove()
+
     def logits_from(self, features: Tensor) -> Tensor:
         """Class scores (N, K) from the final map.
 

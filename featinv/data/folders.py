@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featinv.data.image_list import Entry, ImageList, Verify, stable_ids
-from featinv.data.reading import IMAGE_SUFFIXES
+from featinv.data.reading import IMAGE_SUFFIXES, UnreadableImage, check_image
 from featinv.errors import UserError
 
 CLASS_INDEX_FILES = ("LOC_synset_mapping.txt", "imagenet_class_index.json", "wnids.json", "wnids.txt")
@@ -103,18 +103,20 @@ class FlatFolder(ImageList):
 
 
 def pictures(path: str | os.PathLike[str], size: int) -> ImageList:
-    """One picture, or all pictures of a folder, cropped to `size`.
+    """One picture, or all pictures of a folder, cropped to `size`; unreadable ones of a folder are left out.
 
     Raises:
         UserError: If there is no such file or folder, or nothing in it can be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()  # the shell leaves the ~ in image=~/my.jpg alone
     if path.is_dir():
         return FlatFolder(path, size)
     if not path.is_file():
         raise UserError(f"there is no picture or folder {path}.")
+    if (reason := check_image(path, how="full")) is not None:
+        raise UnreadableImage(str(path), reason)
     (name,) = stable_ids([path.name])
-    return ImageList([Entry(name, -1, str(path))], size, verify="full", where=str(path))
+    return ImageList([Entry(name, -1, str(path))], size, verify="none", where=str(path))
 
 
 def list_images(folder: Path, recursive: bool = True) -> list[str]:

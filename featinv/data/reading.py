@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from featinv.errors import UserError
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow opens more (PostScript starts another program); a data set needs only pictures.
@@ -42,8 +45,9 @@ class UnreadableImage(UserError):
 def read_image(source: ImageSource, *, name: str | None = None, min_side: int | None = None) -> Tensor:
     """Read one picture as float32 (3, H, W) in [0, 1].
 
-    EXIF rotation is applied; grey, palette, CMYK and 16-bit become RGB; transparency is composited on white;
-    an animation gives its first frame. Colour profiles are ignored.
+    EXIF rotation is applied (a damaged EXIF block is passed over). Grey, palette and CMYK become RGB, a CMYK JPEG being
+    taken as inverted, the way Adobe writes it. Grey of 16 bits keeps them all, colour of 16 bits its upper eight.
+    Transparency is composited on white; an animation gives its first frame. Colour profiles are ignored.
 
     Args:
         source: Path, or the encoded bytes.
@@ -61,7 +65,8 @@ def read_image(source: ImageSource, *, name: str | None = None, min_side: int | 
             if min_side is not None:
                 image.draft("", (2 * min_side, 2 * min_side))
             image.load()
-            return _to_tensor(ImageOps.exif_transpose(image), min_side)
+            _turn_upright(image)
+            return _to_tensor(image, min_side)
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on broken files.
@@ -78,7 +83,7 @@ def check_image(source: ImageSource, *, name: str | None = None, how: Thoroughne
     try:
         if how == "header" and _is_whole(source, name):
             return None
-        read_image(source, name=name)
+        read_image(source, name=name, min_side=1)  # decoding finds all damage; the pixels are not needed
     except UnreadableImage as error:
         return error.reason
     return None
@@ -119,28 +124,57 @@ def _tail(source: ImageSource) -> bytes:
         return file.read()
 
 
+def _turn_upright(image: Image.Image) -> None:
+    """Apply the rotation that EXIF asks for, in place: a copy of a huge picture may not fit into memory."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # the parser raises almost anything; browsers show such pictures as they are stored
+        log.debug("EXIF of %s passed over: %s", image, error)
+
+
 def _to_tensor(image: Image.Image, min_side: int | None) -> Tensor:
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.float32) / 65535  # 16-bit grey; Pillow may widen it to 32
-        return torch.from_numpy(pixels.clip(0, 1)).expand(3, -1, -1).clone()
-    if image.mode == "F":
-        pixels = np.asarray(image).astype(np.float32)
-        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError("its floating-point pixels are not in [0, 1]")
-        return torch.from_numpy(pixels).expand(3, -1, -1).clone()
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
+        image = _shrunk(image, min_side)  # before converting, which copies every pixel; other modes cannot be averaged
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.array(_shrunk(Image.fromarray(_deep_grey(image)), min_side))
+        return torch.from_numpy(grey).expand(3, -1, -1).clone()
+    if transparent:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    image = image.convert("RGB")
+    pixels = np.array(_shrunk(image.convert("RGB"), min_side))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def _shrunk(image: Image.Image, min_side: int | None) -> Image.Image:
+    """Averaged over whole blocks of pixels, so that the shorter side stays at least twice `min_side`."""
     factor = min(image.size) // (2 * min_side) if min_side else 1
-    if factor > 1:
-        image = image.reduce(factor)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _deep_grey(image: Image.Image) -> np.ndarray:
+    """Grey of more than 8 bits as float32 (H, W) in [0, 1]."""
+    pixels = np.asarray(image).astype(np.float32)
+    if image.mode != "F":
+        return np.clip(pixels / 65535, 0, 1)  # 16 bits; Pillow may widen them to 32
+    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError("its floating-point pixels are not in [0, 1]")
+    return pixels
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "it is not a picture in a known format"
+        return f"it is not a picture in a known format ({', '.join(_FORMATS)})"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it is too large; {error}"
-    return cast(str, str(error) or type(error).__name__)
+        return (
+            f"it is too large: more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels are not decoded; shrink it first"
+        )
+    if isinstance(error, MemoryError):
+        return "it is too large for this machine's memory; shrink it first"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, OSError | SyntaxError):
+        return f"it is damaged or cut off ({error})"
+    return str(error) or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,9 +24,18 @@ class Consistency(Protocol):
         ...
 
 
-def _distance(inverter: Any, backbone: Backbone, latents: Tensor, features: Tensor) -> Tensor:
-    images = inverter.prior.first_stage.decode(latents.float())
-    return 1 - F.cosine_similarity(backbone(images).flatten(1), features.flatten(1)).mean()
+def _distance(inverter: Any, backbone: Backbone, latents: Tensor, features: Tensor, last_weight: float = 0.0) -> Tensor:
+    drawn = backbone(inverter.prior.first_stage.decode(latents.float()))
+    distance = _one_minus_cosine(drawn, features)
+    if last_weight:
+        with torch.no_grad():
+            target = backbone.final_from(features)
+        distance = distance + last_weight * _one_minus_cosine(backbone.final_from(drawn), target)
+    return distance
+
+
+def _one_minus_cosine(features: Tensor, target: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(features.flatten(1), target.flatten(1)).mean()
 
 
 class EstimateConsistency:
@@ -63,18 +73,27 @@ class SampleConsistency:
         rows: Images of a batch that are drawn and judged.
         grad_steps: Sampling steps that the gradient goes through.
         num_inference_steps: Sampling steps; None takes the inverter's own.
+        last_weight: Of the same distance in the network's last map, beside that of an earlier layer. What the last map
+            sees is decided by small parts of an earlier one.
     """
 
-    def __init__(self, weight: float = 0.2, rows: int = 8, grad_steps: int = 1, num_inference_steps: int | None = None):
+    def __init__(
+        self,
+        weight: float = 0.2,
+        rows: int = 8,
+        grad_steps: int = 1,
+        num_inference_steps: int | None = None,
+        last_weight: float = 0.0,
+    ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
 
     def __call__(
         self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
     ) -> Tensor:
-        """Return 1 - cosine of the drawn pictures."""
+        """Return 1 - cosine of the drawn pictures, and `last_weight` times that in the last map."""
         features, seeds = features[: self.rows], seeds[: self.rows]
         latents = inverter.draw(
             features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
         )
-        return _distance(inverter, backbone, latents, features)
+        return _distance(inverter, backbone, latents, features, self.last_weight)
