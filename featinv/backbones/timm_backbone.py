@@ -77,7 +77,7 @@ class TimmBackbone(Backbone):
             index = _intermediate_index(self.model, listed, layer)
             if index is not None:
                 return lambda x: self.model.forward_intermediates(
-                    x, indices=[index], output_fmt="NCHW", intermediates_only=True
+                    x, indices=[index], output_fmt="NCHW", intermediates_only=True, stop_early=True
                 )[0]
         modules = dict(self.model.named_modules())
         if layer not in modules or not layer:
