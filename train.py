@@ -24,7 +24,7 @@ from featinv.training.module import InversionModule
 from featinv.training.plan import plan
 from featinv.training.probe import FeatureProbe
 from featinv.training.rows import held_out_images, keep_config, prepare, training_rows
-from featinv.training.runner import fit
+from featinv.training.runner import fit, hold_run
 from featinv.training.summary import describe
 
 
@@ -41,6 +41,11 @@ def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = 
         for line in plan(config):
             print(line, flush=True)
         return
+    with hold_run(out):
+        _train(config, out, changed)
+
+
+def _train(config: DictConfig, out: Path, changed: bool) -> None:
     settings = config.training
     pl.seed_everything(settings.seed, verbose=False)
     backbone = instantiate(config.backbone, where="backbone")
@@ -80,9 +85,9 @@ def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = 
             )
         },
     )
+    module.apply_average()
     if module.global_rank == 0:
         figures = probe.lines[-1] if probe.lines else {}
-        module.apply_average()
         save_inverter(out / INVERTER_FILE, inverter, module.described, torch.float16, figures)
         print(f"{out / INVERTER_FILE} is written; feature cosine of {len(probe_images)} held-out images: {figures}")
 

@@ -1,6 +1,8 @@
 """Work shared by the processes that torchrun starts; without torchrun there is one process, and nothing changes.
 
 torchrun --nproc-per-node 4 -m eval.benchmark ...
+
+Training joins its processes through Lightning; everything else through `process_group`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,21 @@ def process_rank() -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
     # A DataLoader worker that was spawned rather than forked knows only the launcher's variables.
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of all machines, also before it has joined the others.
+
+    Known from torchrun's variable, Lightning's (which starts processes itself on one machine) or SLURM's.
+    """
+    ranks = (os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ)
+    return int(next(ranks, "0")) == 0
+
+
+def torchrun_layout() -> tuple[int, int | None]:
+    """Return the number of machines and of processes on each, (1, None) if torchrun did not start this process."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1)), int(processes) if processes else None
 
 
 @contextlib.contextmanager

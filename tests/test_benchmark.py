@@ -1,15 +1,12 @@
 """The benchmark as a whole: reference rows, damaged pictures, other backbones, two processes, memory."""
 
 import json
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_first_stage
+from forks import in_two_processes
 from torch import Tensor
 
 from featinv import metrics as M
@@ -20,7 +17,7 @@ from featinv.inverters.reconstruct import Reconstructions, is_whole, reconstruct
 from featinv.inverters.retrieval import RetrievalInverter
 from featinv.metrics.benchmark import Benchmark, Contestant
 from featinv.metrics.rows import Judges, Row, evaluate_rows
-from featinv.processes import first_does, own_share, process_group, process_rank
+from featinv.processes import first_does, own_share, process_rank
 from featinv.report.benchmark import write_benchmark
 
 
@@ -222,29 +219,9 @@ def _run(out: Path) -> None:
     benchmark.run({"a": Contestant(Painter()), "b": Contestant(Painter(0.3), limit=7)}, samples=2)
 
 
-def _in_two_processes(work: Callable[[], None]) -> None:
-    """As torchrun starts them, but forked: new interpreters would spend most of the test importing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def joined(rank: int) -> None:
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        with process_group():
-            work()
-
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=joined, args=(rank,)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
 def test_two_processes_make_the_pictures_and_figures_of_one(tmp_path) -> None:
     _run(tmp_path / "one")
-    _in_two_processes(lambda: _run(tmp_path / "two"))
+    in_two_processes(lambda: _run(tmp_path / "two"))
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one == two
     for path in (tmp_path / "one").rglob("*.png"):
@@ -260,7 +237,7 @@ def test_processes_share_the_parts_and_an_error_of_the_first_reaches_all(tmp_pat
             first_does(_full)
         assert first_does(lambda: rank) == 0
 
-    _in_two_processes(work)
+    in_two_processes(work)
     assert [(tmp_path / f"share-{rank}").read_text() for rank in (0, 1)] == ["[0, 2, 4]", "[1, 3]"]
 
 

@@ -30,7 +30,7 @@ from featinv.diffusion.samplers import sample
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.image import make_grid, save_png, seeded_noise
-from featinv.training.runner import fit
+from featinv.training.runner import fit, hold_run
 
 
 class Latents:
@@ -141,10 +141,11 @@ def main() -> None:
     config = load_config(path if path.is_file() else arguments.prior, overrides)
     out = Path(chosen[-1] if chosen else f"runs/prior_{Path(arguments.prior).stem}")
     pl.seed_everything(0)
-    images = InMemoryImages(instantiate(config.data, where="data"), num_workers=2)
-    validation = InMemoryImages(instantiate(config.validation, where="validation"))
-    first_stage = train_first_stage(config, images, validation[range(len(validation))]["image"], out)
-    train_unet(config, first_stage, images, out)
+    with hold_run(out):
+        images = InMemoryImages(instantiate(config.data, where="data"), num_workers=2)
+        validation = InMemoryImages(instantiate(config.validation, where="validation"))
+        first_stage = train_first_stage(config, images, validation[range(len(validation))]["image"], out)
+        train_unet(config, first_stage, images, out)
     print(f"prior in {out / 'prior'}; samples in {out / 'samples.png'}")
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -139,8 +140,9 @@ def _to_tensor(image: Image.Image, min_side: int | None) -> Tensor:
     if image.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
         image = _shrunk(image, min_side)  # before converting, which copies every pixel; other modes cannot be averaged
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.array(_shrunk(Image.fromarray(_deep_grey(image)), min_side))
-        return torch.from_numpy(grey).expand(3, -1, -1).clone()
+        grey = torch.from_numpy(_deep_grey(image))[None]
+        factor = _factor(image.size, min_side)
+        return (F.avg_pool2d(grey, factor, ceil_mode=True) if factor > 1 else grey).expand(3, -1, -1).clone()
     if transparent:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -148,9 +150,13 @@ def _to_tensor(image: Image.Image, min_side: int | None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 
+def _factor(size: tuple[int, int], min_side: int | None) -> int:
+    """Pixels along a side of the blocks that are averaged, so that the shorter side stays at least 2 * min_side."""
+    return max(1, min(size) // (2 * min_side)) if min_side else 1
+
+
 def _shrunk(image: Image.Image, min_side: int | None) -> Image.Image:
-    """Averaged over whole blocks of pixels, so that the shorter side stays at least twice `min_side`."""
-    factor = min(image.size) // (2 * min_side) if min_side else 1
+    factor = _factor(image.size, min_side)
     return image.reduce(factor) if factor > 1 else image
 
 
@@ -158,7 +164,8 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     """Grey of more than 8 bits as float32 (H, W) in [0, 1]."""
     pixels = np.asarray(image).astype(np.float32)
     if image.mode != "F":
-        return np.clip(pixels / 65535, 0, 1)  # 16 bits; Pillow may widen them to 32
+        pixels /= 65535  # 16 bits; Pillow may widen them to 32
+        return np.clip(pixels, 0, 1, out=pixels)
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError("its floating-point pixels are not in [0, 1]")
     return pixels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
 from featinv.errors import UserError
-from featinv.files import run_lock, write_json
+from featinv.files import read_json, run_lock, write_json
 from featinv.image import to_uint8
 
 log = logging.getLogger(__name__)
@@ -90,28 +91,26 @@ def build_cache(
         progress: Called as progress(done, total) after each batch, beside the progress bar.
 
     Raises:
-        UserError: If the disk is too small for it, or another process is writing the same cache.
+        UserError: If the disk is too small for it. (Another process that writes the same cache is waited for.)
     """
     total = len(dataset)  # type: ignore[arg-type]
     folder = Path(root) / cache_key(description)
     done_file = folder / "cache.json"
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder, wait=True):
-        done = json.loads(done_file.read_text())["done"] if done_file.is_file() else 0
-        if done >= total:
-            return FeatureCache(folder)
-        sample = torch.zeros(1, *dataset[0]["image"].shape)
-        spec = backbone.spec
-        shapes: dict[str, tuple[int, ...]] = {"features": (spec.channels, spec.height, spec.width)}
-        if first_stage is None:
-            shapes["image"] = tuple(sample.shape[1:])
-        else:
-            shapes["mean"] = shapes["std"] = tuple(first_stage.latent_shape(sample.shape[-1]))
-        size = cache_bytes(total, shapes)
-        if not done:
+        shapes = _shapes(dataset[0]["image"].shape, first_stage, backbone)
+        files = {folder / f"{name}.npy": (total, *shape) for name, shape in shapes.items()}
+        done = read_json(done_file)["done"] if done_file.is_file() else 0
+        if not (done and all(_fits(path, shape) for path, shape in files.items())):
+            done = 0
+            done_file.unlink(missing_ok=True)
+            size = cache_bytes(total, shapes)
             _check_space(folder, size)
             log.info("caching latents and features of %d images: %.2f GB in %s", total, size / 1e9, folder)
-        arrays = {name: _open(folder / f"{name}.npy", (total, *shape), done) for name, shape in shapes.items()}
+            _reserve(files)
+        if done >= total:
+            return FeatureCache(folder)
+        arrays = {path.stem: np.load(path, mmap_mode="r+") for path in files}
         loader: DataLoader[dict[str, Any]] = DataLoader(
             Subset(dataset, range(done, total)),
             batch_size=batch_size,
@@ -148,10 +147,37 @@ def _stack_images(items: list[dict[str, Any]]) -> Tensor:
     return torch.stack([item["image"] for item in items])
 
 
-def _open(path: Path, shape: tuple[int, ...], done: int) -> np.memmap:
-    if done and path.is_file():
-        return np.lib.format.open_memmap(path, mode="r+")
-    return np.lib.format.open_memmap(path, mode="w+", dtype=_dtype(path.stem), shape=shape)
+def _shapes(picture: Sequence[int], first_stage: FirstStage | None, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+    """Shape of one row of each file, for pictures (3, H, W)."""
+    spec = backbone.spec
+    shapes: dict[str, tuple[int, ...]] = {"features": (spec.channels, spec.height, spec.width)}
+    if first_stage is None:
+        return shapes | {"image": tuple(picture)}
+    return shapes | dict.fromkeys(("mean", "std"), tuple(first_stage.latent_shape(picture[-1])))
+
+
+def _fits(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether an interrupted run's file is there with all its rows."""
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError):
+        return False
+
+
+def _reserve(files: Mapping[Path, tuple[int, ...]]) -> None:
+    """Make files of zeros that really have their space: a memory map that meets a full disk kills the process."""
+    try:
+        for path, shape in files.items():
+            np.lib.format.open_memmap(path, mode="w+", dtype=_dtype(path.stem), shape=shape)
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space, choose another training.cache_root or "
+            "set training.cache=false."
+        ) from error
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from featinv.training.sharding import gathered, placed_as
+
 
 @torch.no_grad()
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -15,7 +17,7 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
+                state[name] = torch.empty_like(parameter).copy_(placed_as(value, parameter))
 
 
 class EMA:
@@ -58,11 +60,11 @@ class EMA:
             p.copy_(values[name])
 
     def state_dict(self) -> dict[str, object]:
-        """Averages and number of updates."""
-        return {"updates": self.updates, "averages": dict(self.averages)}
+        """Averages and number of updates; of split weights, whole in the first process alone."""
+        return {"updates": self.updates, "averages": gathered(self.averages)}
 
     def load_state_dict(self, state: dict) -> None:
         """Invert `state_dict`."""
         self.updates = state["updates"]
         for name, value in state["averages"].items():
-            self.averages[name].copy_(value)
+            self.averages[name].copy_(placed_as(value, self.averages[name]))

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from featinv.backbones.base import Backbone
 from featinv.conditioning.masking import FeatureMasking, mean_feature
@@ -18,6 +19,7 @@ from featinv.image import seeded_noise
 from featinv.inverters.base import TrainableInverter
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA, match_layout
+from featinv.training.sharding import gathered, placed_as, shard, unshard
 
 
 def sample_seeds(seed: int, step: int, rows: int) -> list[int]:
@@ -74,10 +76,13 @@ class InversionModule(pl.LightningModule):
         self.feature_noise = feature_noise
         self.consistency, self.consistency_from = consistency, consistency_from
         self.masking = FeatureMasking(mask_positions, mask_channels)
-        trained = {k: p for k, p in inverter.named_parameters() if p.requires_grad and not k.startswith("prior.")}
-        if not trained:
+        if not self._trained():
             raise UserError(f"{type(inverter).__name__} has nothing to train.")
-        self.ema = EMA(trained, ema_decay) if ema_decay else None
+        self.ema = EMA(self._trained(), ema_decay) if ema_decay else None
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        named = self.inverter.named_parameters()
+        return {k: p for k, p in named if p.requires_grad and not k.startswith("prior.")}
 
     @property
     def backbone(self) -> Backbone:
@@ -87,6 +92,14 @@ class InversionModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Follow Lightning's device."""
         self._backbone[0] = self.backbone.to(self.device)
+
+    def configure_model(self) -> None:
+        """Under `strategy=fsdp`, keep this process's part of the weights and of their average."""
+        if self.device_mesh is None:
+            return
+        shard(self.inverter, self.device_mesh["data_parallel"])
+        if self.ema is not None:
+            self.ema = EMA(self._trained(), self.ema.decay)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
@@ -168,7 +181,7 @@ class InversionModule(pl.LightningModule):
     ) -> None:
         """Clip, and log the norm: the first thing to look at when a run diverges."""
         norm = nn.utils.clip_grad_norm_(self.inverter.trainable_parameters(), self.max_grad_norm)
-        self.log("train/grad_norm", norm)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_start(self) -> None:
         """Repair the layout of restored optimizer state."""
@@ -181,23 +194,25 @@ class InversionModule(pl.LightningModule):
             self.ema.update()
 
     def apply_average(self) -> None:
-        """Put the averaged weights in place of the last ones, for good."""
+        """Put the averaged weights in place of the last ones, whole in every process, for good; all must call it."""
         if self.ema is not None:
             self.ema.copy_to_parameters()
+        assert isinstance(self.inverter, nn.Module)
+        unshard(self.inverter)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only: the prior and the backbone never change."""
-        checkpoint["state_dict"] = self.inverter.trainable_state()
+        checkpoint["state_dict"] = gathered(self.inverter.trainable_state())
         checkpoint["featinv"] = self.described
         checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the weights and their average; Lightning restores optimizer and schedule."""
         state = checkpoint["state_dict"]
-        missing = set(self.inverter.trainable_state()) ^ set(state)
-        if missing:
+        own = self.inverter.trainable_state()
+        if missing := set(own) ^ set(state):
             raise UserError(f"the checkpoint does not fit this inverter; it differs in {sorted(missing)[0]!r}.")
-        self.inverter.load_state_dict(state, strict=False)
+        self.inverter.load_state_dict({k: placed_as(v, own[k]) for k, v in state.items()}, strict=False)
         if self.ema is not None and checkpoint["ema"] is not None:
             self.ema.load_state_dict(checkpoint["ema"])
         # Lightning loads this dict once more, strictly, into the whole module.

@@ -64,7 +64,9 @@ class FeatureProbe(Callback):
         """Reconstruct at every `every`-th step, and at the last."""
         step = trainer.global_step
         known = self.lines[-1]["step"] if self.lines else 0
-        if trainer.is_global_zero and step > known and (step % self.every == 0 or step == trainer.max_steps):
+        # Split weights come together only if every process asks for them; else the first one draws alone.
+        takes_part = trainer.is_global_zero or pl_module.device_mesh is not None
+        if takes_part and step > known and (step % self.every == 0 or step == trainer.max_steps):
             self.measure(trainer, pl_module)
 
     @torch.no_grad()
@@ -86,6 +88,8 @@ class FeatureProbe(Callback):
             "ceiling": self.ceiling,
         }
         self.lines.append(line)
+        if not trainer.is_global_zero:
+            return
         pl_module.log_dict({"probe/cosine": cosine, "probe/share": share}, prog_bar=True)
         write_text(self.folder / "probe.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.lines))
         rows = [resize(self.images[: self.shown], images.shape[-1]), images[: self.shown]]

@@ -22,7 +22,8 @@ from featinv.training.module import InversionModule
 from featinv.training.runner import last_checkpoint
 
 log = logging.getLogger(__name__)
-FREE = ("num_workers", "checkpoint_every", "probe_every", "probe_images", "cache_root", "devices", "accelerator")
+FREE = {"num_workers", "checkpoint_every", "probe_every", "probe_images", "cache_root"}
+FREE |= {"devices", "strategy", "accelerator"}
 """Settings under `training` that may differ between a run and its continuation: the weights do not depend on them."""
 
 

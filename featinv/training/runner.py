@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,30 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from featinv.checkpoint import load_checkpoint, save_checkpoint
+from featinv.checkpoint import load_checkpoint, read_header, save_checkpoint
 from featinv.data.datamodule import collate
 from featinv.errors import UserError
 from featinv.files import run_lock
+from featinv.processes import is_first_process, torchrun_layout
 from featinv.training.batches import StepBatches
 from featinv.training.precision import lightning_precision
+from featinv.training.sharding import ShardedStrategy
 
 log = logging.getLogger(__name__)
-_LAST, _PREVIOUS = "last.safetensors", "previous.safetensors"
+_LAST, _PREVIOUS, _NEW = "last.safetensors", "previous.safetensors", "new.safetensors"
 
 
 class SafetensorsCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as safetensors; the one before the last is kept, should the last be damaged."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write atomically."""
+        """Write atomically; the others stay as they are until the new one is whole."""
         path = Path(path)
+        fresh = path.with_name(_NEW)
+        save_checkpoint(fresh, checkpoint)
         if path.is_file():
             path.replace(path.with_name(_PREVIOUS))
-        save_checkpoint(path, checkpoint)
+        fresh.replace(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Read on the CPU; nothing is unpickled."""
@@ -76,10 +81,42 @@ class _Batches(pl.LightningDataModule):
         if self.batch_size % world:
             raise UserError(f"batch_size {self.batch_size} cannot be shared by {world} processes; make it a multiple.")
         if isinstance(self.dataset, IterableDataset):
-            rows = self.batch_size // world
-            return DataLoader(self.dataset, rows, num_workers=self.workers, collate_fn=collate, drop_last=True)
+            stream = _Endless(self.dataset, self.start)
+            return DataLoader(stream, self.batch_size // world, num_workers=self.workers, collate_fn=collate)
         batches = StepBatches(len(self.dataset), self.batch_size, self.stop, self.start, self.seed, rank, world)  # type: ignore[arg-type]
         return DataLoader(self.dataset, sampler=batches, batch_size=None, num_workers=self.workers)
+
+
+class _Endless(IterableDataset[dict[str, Any]]):
+    """A stream again and again, each time in another order.
+
+    Processes differ in how many images their shards hold; nobody waits for another's end of an epoch here, but those
+    with fewer see theirs again sooner.
+    """
+
+    def __init__(self, stream: IterableDataset[dict[str, Any]], first: int):
+        self.stream, self.first = stream, first
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in itertools.count(self.first):
+            if hasattr(self.stream, "set_epoch"):
+                self.stream.set_epoch(epoch)
+            count = 0
+            for count, item in enumerate(self.stream, 1):  # noqa: B007
+                yield item
+            if not count:
+                raise UserError("a reader of the stream gets no images; make more shards or lower num_workers.")
+
+
+@contextlib.contextmanager
+def hold_run(folder: str | Path) -> Iterator[None]:
+    """Hold a run's folder for the processes of one run, which the first of them stands for.
+
+    Raises:
+        UserError: If another run holds it.
+    """
+    with run_lock(folder) if is_first_process() else contextlib.nullcontext():
+        yield
 
 
 def fit(
@@ -103,12 +140,13 @@ def fit(
     """Train to `max_steps`, from the folder's last checkpoint if there is one.
 
     The order of the rows is a function of (seed, step): a resumed run goes through what an uninterrupted one would. (A
-    streamed data set has no rows: it starts over when resumed.)
+    streamed data set has no rows: resumed, it goes on with an epoch of its own.) The caller holds the folder
+    (`hold_run`).
 
     Args:
         module: Its `training_step` takes a batch of `dataset`.
         dataset: Indexed with a list of rows, it returns a whole batch (see `batches`); or a stream of items.
-        folder: Checkpoints and TensorBoard logs; held by one process at a time.
+        folder: Checkpoints and TensorBoard logs.
         max_steps: Optimizer steps of the whole run.
         batch_size: Rows of a batch, over all processes.
         seed: Of the order.
@@ -118,41 +156,40 @@ def fit(
         callbacks: Further Lightning callbacks.
         progress: Show a progress bar.
         num_workers: Processes that read data.
-        devices: As Lightning's Trainer has it.
-        strategy: As Lightning's Trainer has it.
+        devices: As Lightning's Trainer has it; under torchrun, torchrun's number of processes counts instead.
+        strategy: As Lightning's Trainer has it; "fsdp" is `ShardedStrategy`.
         accelerator: As Lightning's Trainer has it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Lightning starts the other processes itself; the first one holds the folder for all.
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    with run_lock(folder) if first else contextlib.nullcontext():
-        last = last_checkpoint(folder)
-        start = load_checkpoint(last)["global_step"] if last is not None else 0
-        if start >= max_steps:
-            log.info("%s is trained to step %d already", folder, start)
-        saver = ModelCheckpoint(
-            dirpath=folder, filename="last", every_n_train_steps=checkpoint_every, save_top_k=1, save_last=False
-        )
-        saver.FILE_EXTENSION = ".safetensors"
-        trainer = pl.Trainer(
-            max_steps=max_steps,
-            max_epochs=-1,
-            default_root_dir=folder,
-            devices=devices,
-            strategy=strategy,
-            accelerator=accelerator,
-            precision=lightning_precision(precision),  # type: ignore[arg-type]
-            accumulate_grad_batches=accumulate,
-            callbacks=[saver, *(callbacks or [])],
-            plugins=[SafetensorsCheckpointIO()],
-            logger=pl.loggers.TensorBoardLogger(folder, name="", version="tensorboard"),
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            log_every_n_steps=20,
-        )
-        batches = _Batches(dataset, batch_size, max_steps * accumulate, start * accumulate, seed, num_workers)
-        trainer.fit(module, batches, ckpt_path=last)
-        if trainer.global_step > start:
-            trainer.save_checkpoint(folder / _LAST)
+    machines, started = torchrun_layout()
+    last = last_checkpoint(folder)
+    start = read_header(last)["global_step"] if last is not None else 0
+    if start >= max_steps:
+        log.info("%s is trained to step %d already", folder, start)
+    saver = ModelCheckpoint(
+        dirpath=folder, filename="last", every_n_train_steps=checkpoint_every, save_top_k=1, save_last=False
+    )
+    saver.FILE_EXTENSION = ".safetensors"
+    trainer = pl.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        default_root_dir=folder,
+        num_nodes=machines,
+        devices=started or devices,
+        strategy=ShardedStrategy() if strategy == "fsdp" else strategy,
+        accelerator=accelerator,
+        precision=lightning_precision(precision),  # type: ignore[arg-type]
+        accumulate_grad_batches=accumulate,
+        callbacks=[saver, *(callbacks or [])],
+        plugins=[SafetensorsCheckpointIO()],
+        logger=pl.loggers.TensorBoardLogger(folder, name="", version="tensorboard"),
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=20,
+    )
+    batches = _Batches(dataset, batch_size, max_steps * accumulate, start * accumulate, seed, num_workers)
+    trainer.fit(module, batches, ckpt_path=last)
+    if trainer.global_step > start:
+        trainer.save_checkpoint(folder / _LAST)
