@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import pickle
+import re
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +33,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        prefix = f".{path.stem[:80]}.{socket.gethostname()}-{os.getpid()}."
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -46,6 +49,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine had begun to write."""
+    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)\.[^.]+(\..*)?")
+    for path in folder.rglob(".*"):
+        found = pattern.fullmatch(path.name)
+        if found and not _alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -139,7 +161,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def run_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for one process; a dead process's lock is gone with it.
+    """Hold a folder for one process; a dead process's lock is gone with it, and its unfinished files are removed.
 
     Args:
         folder: The folder.
@@ -155,4 +177,5 @@ def run_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise UserError(f"another process is working in {folder}; wait for it or choose another folder.") from error
+        _sweep(path.parent)
         yield

@@ -21,7 +21,7 @@ from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
 from featinv.errors import UserError
 from featinv.files import read_json, run_lock, write_json
-from featinv.image import to_uint8
+from featinv.image import seeded_noise, to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         if "image" in found:
             return {"image": found["image"] / 255, "features": found["features"]}
         mean, std, features = found["mean"], found["std"], found["features"]
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(int(rows[0]) * 7919 + len(index)))
+        # Row by row, so that a row's latents are the same however many processes share its batch.
+        noise = seeded_noise([int(row) for row in rows], mean.shape[1:])
         return {"latents": mean + std * noise, "features": features}
 
 
