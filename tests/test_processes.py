@@ -1,0 +1,162 @@
+"""Several processes train what one would: DDP, split weights (FSDP), streams, a killed process, the folder's lock."""
+
+import json
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_prior
+from forks import in_two_processes
+
+from featinv.checkpoint import load_checkpoint
+from featinv.conditioning.encoders import SpatialEncoder
+from featinv.data.scenes import ScenesDataset
+from featinv.data.shards import WebDatasetShards
+from featinv.errors import UserError
+from featinv.image import save_png
+from featinv.inverters.diffusion import DiffusionInverter
+from featinv.inverters.upconv import UpconvInverter
+from featinv.processes import is_first_process, process_rank, torchrun_layout
+from featinv.training.cache import build_cache
+from featinv.training.module import InversionModule
+from featinv.training.probe import FeatureProbe
+from featinv.training.runner import fit
+from featinv.training.sharding import shard
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, backbone):
+    torch.manual_seed(0)
+    scenes, first_stage = ScenesDataset(12, size=32), tiny_prior().first_stage
+    return build_cache(tmp_path_factory.mktemp("cache"), {}, scenes, first_stage, backbone, 4)
+
+
+def _module(backbone) -> InversionModule:
+    torch.manual_seed(5)
+    prior = tiny_prior()
+    encoder = SpatialEncoder(backbone.spec, prior.latent_shape, 16, components=16, hidden=16, blocks=1)
+    inverter = DiffusionInverter(prior, encoder, num_inference_steps=2)
+    for block in inverter.branch.controlnet_down_blocks:  # else the branch adds nothing within a few steps
+        torch.nn.init.normal_(block.weight, std=0.1)
+    return InversionModule(inverter, backbone, max_steps=STEPS, warmup_steps=1, feature_noise=0.1)
+
+
+def _train(folder: Path, backbone, dataset, steps: int = STEPS, die_at: int | None = None, **settings) -> None:
+    """Train; each process writes its losses (and which images it saw) and the first one its averaged weights."""
+    module, rank, losses, seen = _module(backbone), process_rank()[0], [], []
+    whole = module.training_step
+
+    def training_step(batch, batch_idx):
+        if rank == 1 and module.global_step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = whole(batch, batch_idx)
+        losses.append(float(loss.detach()))
+        seen.append(batch.get("id"))
+        return loss
+
+    module.training_step = training_step
+    probe = FeatureProbe(ScenesDataset(2, size=32)[0]["image"][None], backbone, folder, 2, 4)
+    settings = {"batch_size": 4, "checkpoint_every": 2, "precision": "fp32", "accelerator": "cpu", **settings}
+    fit(module, dataset, folder, max_steps=steps, callbacks=[probe], progress=False, **settings)
+    module.apply_average()
+    (folder / f"{rank}-{steps}.json").write_text(json.dumps({"losses": losses, "seen": seen, "probe": probe.lines}))
+    if rank == 0:
+        torch.save(module.inverter.trainable_state(), folder / "weights.pt")
+
+
+def _losses(folder: Path, steps: int = STEPS) -> torch.Tensor:
+    """Mean over the processes of each step's loss."""
+    ranks = [json.loads(path.read_text())["losses"] for path in sorted(folder.glob(f"?-{steps}.json"))]
+    return torch.tensor(ranks, dtype=torch.float64).mean(0)
+
+
+def _assert_same_weights(one: Path, other: Path) -> None:
+    first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, backbone, cache) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    _train(folder, backbone, cache)
+    return folder
+
+
+def test_two_processes_have_the_losses_of_one_with_the_same_batch(tmp_path, backbone, cache, one) -> None:
+    in_two_processes(lambda: _train(tmp_path, backbone, cache, strategy="ddp"))
+    assert len(_losses(one)) == STEPS
+    torch.testing.assert_close(_losses(tmp_path), _losses(one), atol=1e-5, rtol=0)
+    _assert_same_weights(one, tmp_path)
+
+
+def test_split_weights_train_stop_and_resume_as_whole_ones(tmp_path, backbone, cache, one) -> None:
+    def work() -> None:
+        for steps in (1, 3):
+            _train(tmp_path, backbone, cache, steps, strategy="fsdp")
+
+    in_two_processes(work)
+    first, second = (json.loads((tmp_path / f"{rank}-3.json").read_text())["probe"] for rank in (0, 1))
+    assert [line["cosine"] for line in first] == [line["cosine"] for line in second] and len(first) == 3
+    _train(tmp_path, backbone, cache)  # a checkpoint of split weights is a checkpoint like any other
+    found = torch.cat([_losses(tmp_path, steps) for steps in (1, 3, 4)])
+    torch.testing.assert_close(found, _losses(one), atol=1e-5, rtol=0)
+    _assert_same_weights(one, tmp_path)
+
+
+def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, backbone, cache, one) -> None:
+    in_two_processes(lambda: _train(tmp_path, backbone, cache, die_at=3), exit_codes=(1, -signal.SIGKILL))
+    assert load_checkpoint(tmp_path / "last.safetensors")["global_step"] == 2
+    in_two_processes(lambda: _train(tmp_path, backbone, cache))
+    torch.testing.assert_close(_losses(tmp_path), _losses(one)[2:], atol=1e-5, rtol=0)
+    _assert_same_weights(one, tmp_path)
+
+
+def test_other_inverters_are_not_split(backbone) -> None:
+    with pytest.raises(UserError, match="UpconvInverter.*ddp"):
+        shard(UpconvInverter(backbone.spec, size=32, width=16), None)
+
+
+def _shards(folder: Path, sizes: list[int]) -> str:
+    for number, size in enumerate(sizes):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for image in range(size):
+                save_png(folder / f"{image}.png", torch.rand(3, 32, 32))
+                tar.add(folder / f"{image}.png", f"{number}-{image}.png")
+    return str(folder / "*.tar")
+
+
+def test_processes_share_a_stream_whose_shards_differ_in_size(tmp_path, backbone) -> None:
+    stream = WebDatasetShards(_shards(tmp_path, [6, 2]), size=32, shuffle=4)
+    in_two_processes(lambda: _train(tmp_path, backbone, stream, strategy="ddp"))
+    large, small = (json.loads((tmp_path / f"{rank}-{STEPS}.json").read_text())["seen"] for rank in (0, 1))
+    if len(set(sum(large, []))) < len(set(sum(small, []))):
+        large, small = small, large
+    first_round = sum(large[:3], []) + small[0]
+    assert len(first_round) == len(set(first_round)) == 8  # none twice, none missing
+    assert set(sum(small, [])) == set(small[0])  # the smaller share comes again; nobody waits
+
+
+@pytest.mark.parametrize(
+    ("variables", "first", "layout"),
+    [
+        ({}, True, (1, None)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}, True, (2, 8)),
+        ({"RANK": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}, False, (2, 8)),
+        ({"RANK": "3", "LOCAL_RANK": "3", "SLURM_PROCID": "0", "LOCAL_WORLD_SIZE": "4"}, False, (1, 4)),
+        ({"LOCAL_RANK": "1"}, False, (1, None)),  # started by Lightning
+        ({"SLURM_PROCID": "5"}, False, (1, None)),
+    ],
+)
+def test_the_first_of_all_machines_holds_the_folder(monkeypatch, variables, first, layout) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first and torchrun_layout() == layout
