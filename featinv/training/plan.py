@@ -165,7 +165,7 @@ def _duration(seconds: float) -> str:
 def _disk(
     config: DictConfig, inverter: Any, features: tuple[int, int, int], images: int | None, problems: list[str]
 ) -> Iterator[str]:
-    checkpoints = 2 * 16 * _trained(inverter)  # the last and the one before: weights, two moments, average
+    checkpoints = 3 * 16 * _trained(inverter)  # last, previous, being written: weights, two moments, average
     cache = 0
     if config.training.cache and images:
         shapes = {"features": features}
