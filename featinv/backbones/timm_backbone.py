@@ -124,11 +124,11 @@ class TimmBackbone(Backbone):
             return super().final_from(features)
 
         def replace(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor) or output.shape != features.shape:
+            if not isinstance(output, Tensor) or output.shape[1:] != features.shape[1:]:
                 raise UserError(f"the map of layer {self.layer!r} of {self.name} is not all that the next layer reads.")
             return features
 
-        blank = self.mean.new_zeros(len(features), 3, self.input_size, self.input_size)
+        blank = self.mean.new_zeros(1, 3, self.input_size, self.input_size)
         handle = module.register_forward_hook(replace)
         try:
             return self._nchw(self.model.forward_features(blank))
