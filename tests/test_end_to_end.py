@@ -1,6 +1,8 @@
 """train.py, sample.py and eval.benchmark as a user runs them, on a prior small enough for a test."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +22,6 @@ def _run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -166,15 +166,30 @@ def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_pa
         assert all(torch.equal(first[k], second[k]) for k in second)
 
 
-def test_two_processes_train_the_same_weights_as_one(experiment, tmp_path) -> None:
+def test_torchrun_starts_again_after_a_killed_process_and_trains_what_one_process_does(experiment, tmp_path) -> None:
+    import time
+
     from featinv.inverters.build import load_inverter
 
-    words = ["training.max_steps=2", "training.probe_every=2", "training.accelerator=cpu", "training.precision=fp32"]
-    for name, more in {"one": [], "two": ["training.devices=2", "training.strategy=ddp"]}.items():
-        done = _run("train.py", f"experiment={experiment}", *words, *more, f"out={tmp_path / name}", cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_inverter(tmp_path / name / "last.safetensors").trainable_state() for name in ("one", "two"))
-    assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-4
+    words = ["train.py", f"experiment={experiment}", "training.max_steps=40", "training.checkpoint_every=5"]
+    words += ["training.probe_every=1000", "training.precision=fp32", "training.accelerator=cpu"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, *launcher, *words, f"out={tmp_path / 'two'}"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=log)
+    deadline = time.time() + 300
+    while not (tmp_path / "two" / "last.safetensors").is_file() and time.time() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (child for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert "exitcode: -9" in (tmp_path / "log").read_text()
+    done = _run(*words, f"out={tmp_path / 'one'}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    features = torch.rand(2, 512, 2, 2)
+    one, two = (load_inverter(tmp_path / name).invert(features, seeds=[1, 2]) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=2e-3, rtol=0)  # the weights are rounded to half precision
 
 
 def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:

@@ -75,11 +75,14 @@ def _losses(folder: Path, steps: int = STEPS) -> torch.Tensor:
     return torch.tensor(ranks, dtype=torch.float64).mean(0)
 
 
-def _assert_same_weights(one: Path, other: Path) -> None:
-    first, second = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, other))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, atol=1e-4, rtol=0, msg=name)
+def _assert_same_pictures(one: Path, other: Path, backbone) -> None:
+    """Pictures, since AdamW moves what changes no loss (a bias before a normalisation) by the sign of rounding."""
+    pictures = []
+    for folder in (one, other):
+        inverter = _module(backbone).inverter
+        inverter.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=False)
+        pictures.append(inverter.invert(torch.rand(2, 512, 2, 2, generator=torch.manual_seed(1)), seeds=[1, 2]))
+    torch.testing.assert_close(pictures[0], pictures[1], atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_batch(tmp_path, back
     in_two_processes(lambda: _train(tmp_path, backbone, cache, strategy="ddp"))
     assert len(_losses(one)) == STEPS
     torch.testing.assert_close(_losses(tmp_path), _losses(one), atol=1e-5, rtol=0)
-    _assert_same_weights(one, tmp_path)
+    _assert_same_pictures(one, tmp_path, backbone)
 
 
 def test_split_weights_train_stop_and_resume_as_whole_ones(tmp_path, backbone, cache, one) -> None:
@@ -105,9 +108,10 @@ def test_split_weights_train_stop_and_resume_as_whole_ones(tmp_path, backbone, c
     first, second = (json.loads((tmp_path / f"{rank}-3.json").read_text())["probe"] for rank in (0, 1))
     assert [line["cosine"] for line in first] == [line["cosine"] for line in second] and len(first) == 3
     _train(tmp_path, backbone, cache)  # a checkpoint of split weights is a checkpoint like any other
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["last.safetensors", "previous.safetensors"]
     found = torch.cat([_losses(tmp_path, steps) for steps in (1, 3, 4)])
     torch.testing.assert_close(found, _losses(one), atol=1e-5, rtol=0)
-    _assert_same_weights(one, tmp_path)
+    _assert_same_pictures(one, tmp_path, backbone)
 
 
 def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, backbone, cache, one) -> None:
@@ -115,7 +119,7 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, backbone, 
     assert load_checkpoint(tmp_path / "last.safetensors")["global_step"] == 2
     in_two_processes(lambda: _train(tmp_path, backbone, cache))
     torch.testing.assert_close(_losses(tmp_path), _losses(one)[2:], atol=1e-5, rtol=0)
-    _assert_same_weights(one, tmp_path)
+    _assert_same_pictures(one, tmp_path, backbone)
 
 
 def test_other_inverters_are_not_split(backbone) -> None:
@@ -135,12 +139,11 @@ def _shards(folder: Path, sizes: list[int]) -> str:
 def test_processes_share_a_stream_whose_shards_differ_in_size(tmp_path, backbone) -> None:
     stream = WebDatasetShards(_shards(tmp_path, [6, 2]), size=32, shuffle=4)
     in_two_processes(lambda: _train(tmp_path, backbone, stream, strategy="ddp"))
-    large, small = (json.loads((tmp_path / f"{rank}-{STEPS}.json").read_text())["seen"] for rank in (0, 1))
-    if len(set(sum(large, []))) < len(set(sum(small, []))):
-        large, small = small, large
+    seen = [json.loads((tmp_path / f"{rank}-{STEPS}.json").read_text())["seen"] for rank in (0, 1)]
+    large, small = sorted(seen, key=lambda batches: batches[0][0].startswith("1__"))
     first_round = sum(large[:3], []) + small[0]
     assert len(first_round) == len(set(first_round)) == 8  # none twice, none missing
-    assert set(sum(small, [])) == set(small[0])  # the smaller share comes again; nobody waits
+    assert len(large) == len(small) == STEPS  # the one with fewer images went on to its next round
 
 
 @pytest.mark.parametrize(

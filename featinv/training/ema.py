@@ -32,6 +32,10 @@ class EMA:
         self.parameters, self.decay, self.updates = parameters, decay, 0
         self.averages = {name: p.detach().clone() for name, p in parameters.items()}
 
+    def follow(self) -> None:
+        """Put the averages beside their parameters, which a trainer has moved to its device."""
+        self.averages = {name: value.to(self.parameters[name].device) for name, value in self.averages.items()}
+
     @torch.no_grad()
     def update(self) -> None:
         """Move every average towards its parameter."""

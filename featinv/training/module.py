@@ -89,10 +89,6 @@ class InversionModule(pl.LightningModule):
         """The frozen backbone, on this module's device."""
         return self._backbone[0]
 
-    def setup(self, stage: str) -> None:
-        """Follow Lightning's device."""
-        self._backbone[0] = self.backbone.to(self.device)
-
     def configure_model(self) -> None:
         """Under `strategy=fsdp`, keep this process's part of the weights and of their average."""
         if self.device_mesh is None:
@@ -100,6 +96,12 @@ class InversionModule(pl.LightningModule):
         shard(self.inverter, self.device_mesh["data_parallel"])
         if self.ema is not None:
             self.ema = EMA(self._trained(), self.ema.decay)
+
+    def on_fit_start(self) -> None:
+        """Follow Lightning's device with what is no part of this module's tree."""
+        self._backbone[0] = self.backbone.to(self.device)
+        if self.ema is not None:
+            self.ema.follow()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: features of the batch (or from its cache), then the inverter's own loss."""

@@ -82,6 +82,11 @@ class FirstStageModule(pl.LightningModule):
                 if part is not None:
                     part.requires_grad_(False)
 
+    def on_fit_start(self) -> None:
+        """Follow Lightning's device with what is no part of this module's tree."""
+        if self._backbone[0] is not None:
+            self._backbone[0] = self._backbone[0].to(self.device)
+
     def _disturb(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (N, C, h, w) with noise of a random strength on every second row."""
         strength = torch.randn(len(latents), 1, 1, 1, generator=generator, device=latents.device).abs()
@@ -158,6 +163,10 @@ class PriorModule(pl.LightningModule):
         loss = self.loss(denoiser, latents, noise, timesteps)[0].mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def on_fit_start(self) -> None:
+        """Follow Lightning's device with what is no part of this module's tree."""
+        self.ema.follow()
 
     def on_train_start(self) -> None:
         """Repair the layout of restored optimizer state."""

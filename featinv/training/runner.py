@@ -168,7 +168,12 @@ def fit(
     if start >= max_steps:
         log.info("%s is trained to step %d already", folder, start)
     saver = ModelCheckpoint(
-        dirpath=folder, filename="last", every_n_train_steps=checkpoint_every, save_top_k=1, save_last=False
+        dirpath=folder,
+        filename="last",
+        every_n_train_steps=checkpoint_every,
+        save_top_k=1,
+        save_last=False,
+        enable_version_counter=False,  # else a continued run may write last-v1, where nobody looks for it
     )
     saver.FILE_EXTENSION = ".safetensors"
     trainer = pl.Trainer(
