@@ -23,7 +23,7 @@ def save_checkpoint(path: str | Path, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(tree, "", tensors)
-    save_safetensors(path, tensors, {_TREE: json.dumps(skeleton)})
+    save_safetensors(path, _unshared(tensors), {_TREE: json.dumps(skeleton)})
 
 
 def load_checkpoint(path: str | Path) -> Any:
@@ -53,7 +53,7 @@ def _skeleton(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
-        tensors[name] = node.detach().cpu().contiguous().clone()
+        tensors[name] = node.detach().cpu().contiguous()
         return {"tensor": name}
     if isinstance(node, dict):
         # Keys may be numbers (optimizer state), which JSON objects cannot hold.
@@ -66,6 +66,18 @@ def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
     raise UserError(f"a checkpoint cannot hold {type(node).__name__} at {name.lstrip('.')!r}.")
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory, which the format refuses; the rest as it is, since it may be many GB."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
+        found[name] = tensor.clone() if shared else tensor
+        seen.add(storage.data_ptr())
+    return found
 
 
 def _unflatten(node: dict[str, Any], tensors: dict[str, Tensor] | None) -> Any:

@@ -71,6 +71,11 @@ def test_checkpoint_holds_nested_structures_and_never_code(tmp_path) -> None:
     save_checkpoint(tmp_path / "c.safetensors", tree)
     again = load_checkpoint(tmp_path / "c.safetensors")
     assert torch.equal(again["state"][0].pop("exp"), tree["state"][0].pop("exp")) and again == tree
+    whole = torch.arange(6.0).view(2, 3)
+    save_checkpoint(tmp_path / "c.safetensors", {"a": whole, "b": whole, "row": whole[1], "turned": whole.T})
+    again = load_checkpoint(tmp_path / "c.safetensors")
+    assert torch.equal(again["a"], again["b"]) and torch.equal(again["row"], whole[1])
+    assert torch.equal(again["turned"], whole.T)
     with pytest.raises(UserError, match="cannot hold"):
         save_checkpoint(tmp_path / "d.safetensors", {"f": print})
 

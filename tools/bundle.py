@@ -30,7 +30,8 @@ from featinv.errors import UserError, exit_on_user_error
 from featinv.files import read_json, write_json
 from featinv.inverters.build import about, find_inverter, load_trained, prior_fingerprint, save_inverter
 from featinv.report.benchmark import shown_columns
-from tools.model_card import RECORD, STAGES, bundle_files, logged_hours, read_log, this_machine, write_card
+from featinv.report.curves import read_log
+from tools.model_card import RECORD, STAGES, bundle_files, logged_hours, this_machine, write_card
 
 LOG = "probe.jsonl"
 
@@ -81,7 +82,7 @@ def stage_inverter(
     described = about(trained.config, trained.inverter, trained.spec)
     described["config"] = portable(trained.config, bundle.name, changes)
     folder = run if run.is_dir() else find_inverter(run).parent
-    lines = read_log(folder / LOG)
+    lines = read_log(folder / LOG) if (folder / LOG).is_file() else []
     target = staged / "inverters" / f"{name}.safetensors"
     note = trained.note or (lines[-1] if lines else {})
     save_inverter(target, trained.inverter, described, torch.float16, note)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from featinv.checkpoint import read_header
 from featinv.config import CONFIG_ROOT
 from featinv.files import read_json, write_text
+from featinv.report.curves import read_log
 
 CARD, RECORD = "MODEL_CARD.md", "training.json"
 STAGES = {"first_stage": "first_stage.module", "decoder": "first_stage.polish", "unet": "unet.module"}
@@ -44,11 +45,6 @@ def this_machine() -> str:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     text = f"{os.cpu_count()} x {models[0] if models else platform.processor() or platform.machine()}"
     return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a probe log (see `featinv.training.probe`); none if there is no log."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def logged_hours(run: Path) -> float | None:
@@ -129,7 +125,8 @@ def inverter_section(path: Path) -> list[str]:
     """Settings, log and figures of one inverter."""
     header = read_header(path)
     config, spec, note = header["featinv"]["config"], header["featinv"]["spec"], header.get("note") or {}
-    log = read_log(path.with_suffix(".jsonl"))
+    log_path = path.with_suffix(".jsonl")
+    log = read_log(log_path) if log_path.is_file() else []
     record = read_json(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
     training, last = config.get("training") or {}, note if "images" in note else (log[-1] if log else {})
     module = (training.get("module") or {}).get("params") or {}
