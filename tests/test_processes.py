@@ -122,7 +122,9 @@ def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, backbone, 
     _assert_same_pictures(one, tmp_path, backbone)
 
 
-def test_other_inverters_are_not_split(backbone) -> None:
+def test_unknown_strategies_and_inverters_that_cannot_be_split_are_refused(tmp_path, backbone) -> None:
+    with pytest.raises(UserError, match="did you mean fsdp"):
+        fit(_module(backbone), [], tmp_path, max_steps=1, batch_size=1, strategy="fsdp2")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="UpconvInverter.*ddp"):
         shard(UpconvInverter(backbone.spec, size=32, width=16), None)
 

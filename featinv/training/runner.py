@@ -15,6 +15,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from featinv.checkpoint import load_checkpoint, read_header, save_checkpoint
+from featinv.config import nearest
 from featinv.data.datamodule import collate
 from featinv.errors import UserError
 from featinv.files import run_lock
@@ -119,6 +120,13 @@ def hold_run(folder: str | Path) -> Iterator[None]:
         yield
 
 
+def _strategy(name: str) -> Any:
+    # Lightning's others write and read checkpoints of their own, some of them pickled.
+    if name not in (known := ["auto", "ddp", "fsdp"]):
+        raise UserError(f"no strategy {name!r}: {nearest(name, known)}")
+    return ShardedStrategy() if name == "fsdp" else name
+
+
 def fit(
     module: pl.LightningModule,
     dataset: Dataset[dict[str, Any]],
@@ -157,7 +165,7 @@ def fit(
         progress: Show a progress bar.
         num_workers: Processes that read data.
         devices: As Lightning's Trainer has it; under torchrun, torchrun's number of processes counts instead.
-        strategy: As Lightning's Trainer has it; "fsdp" is `ShardedStrategy`.
+        strategy: "auto", "ddp" or "fsdp" (`ShardedStrategy`).
         accelerator: As Lightning's Trainer has it.
     """
     folder = Path(folder)
@@ -182,7 +190,7 @@ def fit(
         default_root_dir=folder,
         num_nodes=machines,
         devices=started or devices,
-        strategy=ShardedStrategy() if strategy == "fsdp" else strategy,
+        strategy=_strategy(strategy),
         accelerator=accelerator,
         precision=lightning_precision(precision),  # type: ignore[arg-type]
         accumulate_grad_batches=accumulate,
