@@ -130,7 +130,7 @@ def inverter_section(path: Path) -> list[str]:
     record = read_json(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
     training, last = config.get("training") or {}, note if "images" in note else (log[-1] if log else {})
     module = (training.get("module") or {}).get("params") or {}
-    hours = record.get("hours")
+    hours, drawing = record.get("hours"), config["inverter"].get("params") or {}
     rows = {
         "features": f"{spec['channels']} x {spec['height']} x {spec['width']} of `{spec['layer']}`, "
         f"{(config['backbone'].get('params') or {}).get('name', config['backbone']['target'])}",
@@ -138,7 +138,8 @@ def inverter_section(path: Path) -> list[str]:
         "data": data_text(config.get("data")),
         "image-steps": f"{last['images']:,}" if "images" in last else "not recorded",
         "batch": training.get("batch_size"),
-        "settings": ", ".join(f"{k} {v}" for k, v in module.items() if not isinstance(v, dict)),
+        "settings": ", ".join(f"{k} {_short(v)}" for k, v in module.items()),
+        "sampling": ", ".join(f"{k} {v}" for k, v in drawing.items() if k in ("sampler", "num_inference_steps")),
         "seed": training.get("seed"),
         "hours": _hours(hours if hours is not None else probed_hours(log)),
         "machine": record.get("machine", "not recorded"),
@@ -152,6 +153,14 @@ def inverter_section(path: Path) -> list[str]:
             "",
         ]
     return lines + (_evaluation_table(record["evaluation"]) if "evaluation" in record else [])
+
+
+def _short(value: Any) -> str:
+    """A setting; of a {target, params} node its class and parameters."""
+    if not isinstance(value, dict):
+        return str(value)
+    params = ", ".join(f"{k} {v}" for k, v in (value.get("params") or {}).items())
+    return f"{value['target'].rpartition('.')[2]} ({params})"
 
 
 def _evaluation_table(found: Mapping[str, Any]) -> list[str]:
@@ -216,8 +225,8 @@ def write_card(bundle: Path) -> Path:
     lines = [
         f"# {bundle.name}",
         "",
-        f"A latent-diffusion prior of pictures of {size} px, and {len(paths)} inverters of feature maps that draw with "
-        f"it. Half precision, safetensors, {sum(sizes.values()) / 1e6:.1f} MB. "
+        f"A latent-diffusion prior of pictures of {size} px; inverters of features that draw with it: {len(paths)}. "
+        f"Half precision, safetensors, {sum(sizes.values()) / 1e6:.1f} MB. "
         f"Written by `python -m tools.bundle card {bundle.name}`.",
         "",
         "```python",

@@ -1,0 +1,118 @@
+"""Quality against sampling steps, and against training images: curves.png, curves.json, report.html.
+
+python -m eval.curves                                                    the bundled branch, and its training
+python -m eval.curves inverter=runs/photos64 steps=[2,5,10,20,50] n=500 out=runs/curves
+python -m eval.curves inverter=null runs=[runs/photos64,runs/photos64_pooled]                  training alone
+
+Sampling steps: a benchmark in OUT/steps (see eval.benchmark), one row for each number of steps, the same images and
+seeds. Training: the share of held-out images by each run's own log. Interrupted, or called with more steps, the same
+command makes what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from eval.benchmark import build_benchmark, load_all, shared_setting, trained_contestant
+from featinv.cli import parse_command_line
+from featinv.config import CONFIG_ROOT
+from featinv.errors import UserError, exit_on_user_error
+from featinv.inverters.build import find_inverter
+from featinv.inverters.diffusion import DiffusionInverter
+from featinv.metrics.benchmark import Contestant
+from featinv.processes import own_device, process_group, process_rank
+from featinv.report.curves import read_log, row_name, write_curves
+
+
+class WithSteps:
+    """A diffusion inverter with a number of sampling steps of its own.
+
+    Args:
+        inverter: Its weights, sampler and guidance are used.
+        steps: Sampling steps.
+    """
+
+    def __init__(self, inverter: DiffusionInverter, steps: int):
+        self.inverter, self.steps, self.size = inverter, steps, inverter.size
+
+    @torch.no_grad()
+    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Features (N, C, H, W) -> images (N, 3, H, W) in [0, 1]."""
+        latents = self.inverter.draw(features, seeds, num_inference_steps=self.steps)
+        return self.inverter.prior.first_stage.decode(latents)
+
+
+def step_rows(name: str, row: Contestant, steps: Sequence[int]) -> dict[str, Contestant]:
+    """One row for each number of sampling steps.
+
+    Raises:
+        UserError: If the inverter has no sampling steps, or a number makes no sense.
+    """
+    inverter = row.inverter
+    if not isinstance(inverter, DiffusionInverter):
+        raise UserError(
+            f"{name} is a {type(inverter).__name__}, which has no sampling steps; give a diffusion inverter."
+        )
+    most = inverter.prior.scheduler.config.num_train_timesteps
+    if not steps or len(set(steps)) < len(steps) or not all(isinstance(k, int) and 1 <= k <= most for k in steps):
+        raise UserError(f"steps must be different whole numbers from 1 to {most}, not {list(steps)}.")
+    about = {**row.about, "sampler": inverter.sampler}
+    return {
+        row_name(k): Contestant(WithSteps(inverter, k), None, {**about, "num_inference_steps": k}, row.backbone)
+        for k in steps
+    }
+
+
+def measure_steps(config: DictConfig, out: Path) -> dict[str, Any]:
+    """The benchmark over numbers of sampling steps.
+
+    Returns:
+        The content of its metrics.json.
+    """
+    device = own_device()
+    loaded = load_all([config.inverter])
+    setting = shared_setting(None, loaded, device)
+    trained = loaded[config.inverter]
+    assert trained is not None  # else there is no setting
+    row = trained_contestant(config.inverter, trained, setting, None, device)
+    rows = step_rows(config.inverter, row, list(config.steps))
+    return build_benchmark(config, setting, out / "steps", device).run(rows)
+
+
+def log_of(name: str) -> Path:
+    """The probe log of a run's folder, a .jsonl file or a bundled inverter."""
+    path = Path(name)
+    if path.suffix == ".jsonl" or path.is_dir():
+        return path / "probe.jsonl" if path.is_dir() else path
+    return find_inverter(name).with_suffix(".jsonl")
+
+
+def chosen_logs(config: DictConfig) -> list[str]:
+    """The runs that are asked for; if none are, the inverter itself where it has a log."""
+    if config.runs is not None or config.inverter is None:
+        return list(config.runs or [])
+    return [config.inverter] if log_of(config.inverter).is_file() else []
+
+
+@exit_on_user_error
+def main() -> None:
+    """Read the command line, measure, draw."""
+    command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "curves.yaml"))
+    config, out = command.config, command.out or Path("runs/curves")
+    logs = {name.strip("/").removeprefix("runs/"): read_log(log_of(name)) for name in chosen_logs(config)}
+    with process_group():
+        content = measure_steps(config, out) if config.inverter is not None else None
+        if process_rank()[0] == 0:
+            title = f"Quality of {config.inverter}" if content else "Quality over training"
+            write_curves(out, content, logs, title, config.metrics)
+            print(f"curves.png, curves.json and report.html are in {out}")
+
+
+if __name__ == "__main__":
+    main()
