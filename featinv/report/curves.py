@@ -74,7 +74,7 @@ def draw_curves(
     from matplotlib.figure import Figure
 
     panels = (len(metrics) if content else 0) + bool(logs)
-    figure = Figure(figsize=(3.6 * panels, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * max(panels, 1.5), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if content:
@@ -115,7 +115,7 @@ def _draw_steps(axis: Any, content: Mapping[str, Any], metric: str) -> None:
 
 def _draw_training(axis: Any, logs: Mapping[str, Log]) -> None:
     for name, lines in logs.items():
-        axis.plot([x["images"] for x in lines], [x["share"] for x in lines], marker=".", label=name)
+        axis.plot([x["images"] for x in lines], [x["share"] for x in lines], marker=".", label=name[-28:])
     axis.set(xlabel="training images seen", title="share, during training")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
