@@ -3,6 +3,7 @@
 python -m eval.benchmark                                         the branch of `make demo`, optimisation, retrieval
 python -m eval.benchmark inverters=[runs/a,runs/b] n=1000 out=runs/compare
 python -m eval.benchmark inverters=[runs/convnext_base] n=10000 factor_images=0
+python -m eval.benchmark inverters=[runs/photos64] data=val-000.tar class_labels=true n=500      photographs of any size
 python -m eval.benchmark inverters=[retrieval@blocks.2,retrieval] setting=scenes64 'params.retrieval={count: 1000}'
 torchrun --nproc-per-node 8 -m eval.benchmark ...                processes or GPUs share the work
 
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset, Subset
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate, is_node, load_config, load_group, nearest, resolve_target
+from featinv.data import load_dataset
 from featinv.data.folders import ilsvrc_synsets
 from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.first_stage import FirstStage
@@ -132,6 +134,8 @@ def chosen_data(config: DictConfig, setting: Setting) -> Subset[dict[str, Any]]:
     """The first n images of the data set to evaluate on."""
     if is_node(config.data):
         dataset: Dataset[dict[str, Any]] = instantiate(config.data, where="data")
+    elif config.data is not None:
+        dataset = load_dataset(str(config.data), size=setting.size)
     else:
         module = instantiate(setting.config.data, where="data")
         module.setup()
