@@ -4,6 +4,7 @@ from conftest import tiny_prior
 from omegaconf import OmegaConf
 
 from featinv.backbones import load_backbone
+from featinv.checkpoint import load_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
@@ -12,6 +13,7 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.cache import build_cache
 from featinv.training.consistency import EstimateConsistency, SampleConsistency
 from featinv.training.module import InversionModule
+from featinv.training.prior_modules import PriorModule
 from featinv.training.rows import keep_config
 from featinv.training.runner import fit, last_checkpoint
 
@@ -142,3 +144,24 @@ def test_consistency_in_the_last_map_adds_its_own_distance() -> None:
     ]
     expected = 1 - float(cosines[0]) + 0.5 * (1 - float(cosines[1]))
     assert float(term(module.inverter, early, {}, features, [1, 2, 3])) == pytest.approx(expected, abs=1e-4)
+
+
+class _Latents:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"latents": torch.ones(len(rows), 4, 4, 4)}
+
+
+def test_a_resumed_prior_keeps_the_first_stage_it_is_given(tmp_path) -> None:
+    def trained(max_steps: int, brighter: float) -> torch.Tensor:
+        prior = tiny_prior()
+        with torch.no_grad():
+            prior.first_stage.vae.decoder.conv_out.bias.fill_(brighter)
+        fit(PriorModule(prior), _Latents(), tmp_path, max_steps=max_steps, batch_size=2, progress=False)  # type: ignore[arg-type]
+        return prior.first_stage.vae.decoder.conv_out.bias
+
+    trained(1, 0.25)
+    assert (trained(2, 0.5) == 0.5).all(), "its decoder was trained on meanwhile"
+    assert all(name.startswith("prior.unet.") for name in load_checkpoint(tmp_path / "last.safetensors")["state_dict"])

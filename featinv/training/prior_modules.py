@@ -189,9 +189,16 @@ class PriorModule(pl.LightningModule):
         return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the average."""
+        """Keep the UNet and its average only: the first stage has its own checkpoint, and may have changed since."""
+        checkpoint["state_dict"] = _of_unet(checkpoint["state_dict"])
         checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the average."""
+        """Restore UNet and average."""
         self.ema.load_state_dict(checkpoint["ema"])
+        # Lightning loads this dict strictly into the whole module.
+        checkpoint["state_dict"] = self.state_dict() | _of_unet(checkpoint["state_dict"])
+
+
+def _of_unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith("prior.unet.")}
