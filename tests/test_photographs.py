@@ -60,7 +60,7 @@ def test_larger_photographs_are_reduced_with_antialiasing_and_keep_their_labels(
             error = (item["image"] - expected).abs().mean()
             nearest = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST)) / 255
             aliased = np.abs(nearest.transpose(2, 0, 1) - expected.numpy()).mean()
-            assert error < 0.006 and error < aliased / 5  # the JPEG is decoded at half its side
+            assert error < 0.01 and error < aliased / 3  # the JPEG is decoded at half its side
 
 
 @absent
