@@ -175,7 +175,7 @@ def _load_stable_diffusion(name: str) -> DiffusionPrior:
     except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
         raise UserError(
             f"no prior {name!r}: not bundled ({', '.join(bundled_priors()) or 'none'}), no such folder, and not "
-            f"loadable from the hub ({str(error).splitlines()[0]})."
+            f"loadable from the hub ({str(error).splitlines()[0]}). Small priors are made by tools.train_prior."
         ) from error
     # The tower is needed for two constant prompts only, then released.
     length = tokenizer.model_max_length
