@@ -69,7 +69,13 @@ def stage_prior(run: Path, bundle: Path, staged: Path, config: Path | None, mach
 
 
 def stage_inverter(
-    run: Path, bundle: Path, name: str, staged: Path, changes: Sequence[str], machine: str | None
+    run: Path,
+    bundle: Path,
+    name: str,
+    staged: Path,
+    changes: Sequence[str],
+    machine: str | None,
+    history: str | None = None,
 ) -> None:
     """Put a run's inverter (the weights' average) and its log into `staged`/inverters.
 
@@ -88,7 +94,8 @@ def stage_inverter(
     save_inverter(target, trained.inverter, described, torch.float16, note)  # type: ignore[arg-type]
     if lines:
         shutil.copy(folder / LOG, target.with_suffix(".jsonl"))
-    write_json(target.with_suffix(".json"), {"hours": logged_hours(folder), "machine": machine or this_machine()})
+    record = {"hours": logged_hours(folder), "machine": machine or this_machine(), "history": history}
+    write_json(target.with_suffix(".json"), record)
 
 
 def portable(config: DictConfig, bundle: str, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -212,6 +219,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             one.add_argument("--row", help="its row; by default the run's name as eval.benchmark writes it")
         if kind == "inverter":
             one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes in its configuration")
+            one.add_argument("--history", help="how it was trained, if not by one run with these settings")
     return parser.parse_args(argv)
 
 
@@ -231,7 +239,7 @@ def main() -> None:
             if args.kind == "prior":
                 stage_prior(args.run, bundle, Path(temporary), args.config, args.machine)
             else:
-                stage_inverter(args.run, bundle, name, Path(temporary), args.set, args.machine)
+                stage_inverter(args.run, bundle, name, Path(temporary), args.set, args.machine, args.history)
             install(Path(temporary), bundle, args.limit)
     if name and args.metrics is not None:
         default = str(args.run).strip("/").removeprefix("runs/").replace("/", "-") if args.kind == "inverter" else None

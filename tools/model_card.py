@@ -128,7 +128,7 @@ def inverter_section(path: Path) -> list[str]:
     log_path = path.with_suffix(".jsonl")
     log = read_log(log_path) if log_path.is_file() else []
     record = read_json(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
-    training, last = config.get("training") or {}, note if "images" in note else (log[-1] if log else {})
+    training, last = config.get("training") or {}, log[-1] if log else note
     module = (training.get("module") or {}).get("params") or {}
     hours, drawing = record.get("hours"), config["inverter"].get("params") or {}
     rows = {
@@ -142,6 +142,7 @@ def inverter_section(path: Path) -> list[str]:
         "sampling": ", ".join(f"{k} {v}" for k, v in drawing.items() if k in ("sampler", "num_inference_steps")),
         "seed": training.get("seed"),
         "hours": _hours(hours if hours is not None else probed_hours(log)),
+        "history": record.get("history") or "one run",
         "machine": record.get("machine", "not recorded"),
     }
     lines = [f"## Inverter `{path.parent.parent.name}/{path.stem}`", "", "| | |", "|---|---|"]

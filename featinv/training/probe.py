@@ -69,6 +69,11 @@ class FeatureProbe(Callback):
         if takes_part and step > known and (step % self.every == 0 or step == trainer.max_steps):
             self.measure(trainer, pl_module)
 
+    def _images(self, step: int) -> int:
+        """Images seen, also where the run was begun with another batch size."""
+        last = self.lines[-1] if self.lines else {"step": 0, "images": 0}
+        return last["images"] + (step - last["step"]) * self.batch_images
+
     @torch.no_grad()
     def measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reconstruct, and write the figures down."""
@@ -80,7 +85,7 @@ class FeatureProbe(Callback):
         step = trainer.global_step
         line = {
             "step": step,
-            "images": step * self.batch_images,
+            "images": self._images(step),
             "minutes": round((time.time() - self._started) / 60, 2),
             "cosine": cosine,
             "share": share,
