@@ -133,7 +133,7 @@ def test_the_page_says_what_must_stand_beside_the_figures(finished) -> None:
 @pytest.mark.parametrize("damage", ["missing", "cut", "one bit", "other size"])
 def test_a_damaged_reconstruction_is_found_and_remade(tmp_path, backbone, damage) -> None:
     inverter, data = Painter(), items(5)
-    reconstruct(inverter, backbone, data, tmp_path, size=32)
+    reconstruct(inverter, backbone, data, tmp_path, size=32, batch_size=2)
     path = tmp_path / "samples" / "image-2_0.png"
     whole = path.read_bytes()
     if damage == "missing":
@@ -145,8 +145,8 @@ def test_a_damaged_reconstruction_is_found_and_remade(tmp_path, backbone, damage
         path.write_bytes(whole[:middle] if damage == "cut" else _flipped(whole, middle))
     assert not is_whole(path, 32)
     inverter.asked = 0
-    reconstruct(inverter, backbone, data, tmp_path, size=32)
-    assert inverter.asked == 1 and path.read_bytes() == whole
+    reconstruct(inverter, backbone, data, tmp_path, size=32, batch_size=2)
+    assert inverter.asked == 2 and path.read_bytes() == whole, "its own batch of two is drawn again, no other"
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         reconstruct(inverter, backbone, data, tmp_path, size=32)
