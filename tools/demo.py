@@ -90,8 +90,8 @@ def main() -> None:
     out = command.out or Path("runs/demo")
     scenes = command.config.data.params.train.params.length
     print(
-        f"demo, about 9 minutes on 2 cores: caches {scenes} rendered scenes (1 min), trains a branch for "
-        f"{settings.max_steps} steps of {settings.batch_size} (5 min), reconstructs {sizes.images} held-out scenes, "
+        f"demo, about 10 minutes on 2 cores: caches {scenes} rendered scenes (1 min), trains a branch for "
+        f"{settings.max_steps} steps of {settings.batch_size} (6 min), reconstructs {sizes.images} held-out scenes, "
         f"inverts {sizes.slow_images} by optimisation, evaluates (3 min). Into {out}; goes on if interrupted."
     )
     content = run(command.config, out)
