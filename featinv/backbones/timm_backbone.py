@@ -129,11 +129,7 @@ class TimmBackbone(Backbone):
             return features
 
         blank = self.mean.new_zeros(1, 3, self.input_size, self.input_size)
-        handle = module.register_forward_hook(replace)
-        try:
-            return self._nchw(self.model.forward_features(blank))
-        finally:
-            handle.remove()
+        return self._nchw(_run_hooked(self.model, module, replace, blank))
 
     def logits_from(self, features: Tensor) -> Tensor:
         """Class scores (N, K) from the final map.
@@ -179,11 +175,16 @@ def _intermediate_index(model: nn.Module, listed: list[str], layer: str) -> int 
 
 def _hooked(model: Any, module: nn.Module, x: Tensor) -> Tensor:
     kept: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _m, _i, output: kept.append(output))
-    try:
-        model.forward_features(x)
-    finally:
-        handle.remove()
+    _run_hooked(model, module, lambda _m, _i, output: kept.append(output), x)
     if not kept or not isinstance(kept[-1], Tensor):
         raise UserError("that layer is not run by the model's forward_features, or gives no tensor.")
     return kept[-1]
+
+
+def _run_hooked(model: Any, module: nn.Module, hook: Callable[..., Tensor | None], x: Tensor) -> Tensor:
+    """`forward_features` with a hook on one module, which is gone afterwards."""
+    handle = module.register_forward_hook(hook)
+    try:
+        return model.forward_features(x)
+    finally:
+        handle.remove()
