@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from omegaconf import DictConfig, OmegaConf
 
 from featinv.backbones import Backbone, load_backbone
 from featinv.conditioning.encoders import SpatialEncoder
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.prior import DiffusionPrior
+from featinv.inverters.base import TrainableInverter
+from featinv.inverters.build import about, build_inverter, save_inverter
 from featinv.inverters.diffusion import DiffusionInverter
+
+TINY_BACKBONE: dict[str, Any] = {"name": "resnet10t", "pretrained": False, "input_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +64,32 @@ def tiny_prior(prediction_type: str = "v_prediction") -> DiffusionPrior:
     return DiffusionPrior(tiny_first_stage(), unet, scheduler, text, size=32)
 
 
+def tiny_config(prior: Path, **more: Any) -> DictConfig:
+    """Configuration of an inverter of `backbone` with the prior of a folder, and other groups beside it."""
+    encoder = {"components": 16, "hidden": 16, "blocks": 1}
+    return OmegaConf.create(
+        {
+            "prior": str(prior),
+            "backbone": {"target": "featinv.backbones.timm_backbone.TimmBackbone", "params": TINY_BACKBONE},
+            "conditioning": {"target": "featinv.conditioning.encoders.SpatialEncoder", "params": encoder},
+            "inverter": {
+                "target": "featinv.inverters.diffusion.DiffusionInverter",
+                "params": {"num_inference_steps": 3},
+            },
+            **more,
+        }
+    )
+
+
+def save_tiny(path: Path, config: DictConfig, backbone: Backbone, **more: Any) -> TrainableInverter:
+    """Write the inverter of a configuration with random weights, also in the zero convolutions."""
+    inverter = build_inverter(config, backbone.spec)
+    for parameter in inverter.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_inverter(path, inverter, about(config, inverter, backbone.spec), **more)
+    return inverter.eval()
+
+
 @pytest.fixture
 def prior() -> DiffusionPrior:
     return tiny_prior()
@@ -63,7 +97,7 @@ def prior() -> DiffusionPrior:
 
 @pytest.fixture(scope="session")
 def backbone() -> Backbone:
-    return load_backbone("resnet10t", pretrained=False, input_size=64)
+    return load_backbone(**TINY_BACKBONE)
 
 
 @pytest.fixture

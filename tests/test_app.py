@@ -6,16 +6,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_prior
-from omegaconf import OmegaConf
+from conftest import save_tiny, tiny_config, tiny_prior
 from PIL import Image
 
 from featinv.applications.concepts import Direction
 from featinv.applications.lookup import find_concept
-from featinv.backbones import load_backbone
 from featinv.checkpoint import load_checkpoint, read_header, save_checkpoint
 from featinv.errors import UserError
-from featinv.inverters.build import about, build_inverter, save_inverter
 from featinv.inverters.reconstruct import sample_seed
 from featinv.report.app import models as models_module
 from featinv.report.app import pictures
@@ -28,30 +25,13 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, backbone):
     """A folder with two inverters of one tiny prior, a checkpoint of another kind, and a damaged file."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("app")
     tiny_prior().save_pretrained(root / "prior")
-    params = {"name": "resnet10t", "pretrained": False, "input_size": 64}
-    encoder = {"components": 16, "hidden": 16, "blocks": 1}
-    config = OmegaConf.create(
-        {
-            "prior": str(root / "prior"),
-            "backbone": {"target": "featinv.backbones.timm_backbone.TimmBackbone", "params": params},
-            "conditioning": {"target": "featinv.conditioning.encoders.SpatialEncoder", "params": encoder},
-            "inverter": {
-                "target": "featinv.inverters.diffusion.DiffusionInverter",
-                "params": {"num_inference_steps": STEPS},
-            },
-        }
-    )
-    spec = load_backbone("resnet10t", pretrained=False, input_size=64).spec
     for name in ("first", "demo/second"):
-        inverter = build_inverter(config, spec)
-        for parameter in inverter.trainable_parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        save_inverter(root / "runs" / name / "inverter.safetensors", inverter, about(config, inverter, spec))
+        save_tiny(root / "runs" / name / "inverter.safetensors", tiny_config(root / "prior"), backbone)
     save_checkpoint(root / "runs" / "prior" / "last.safetensors", {"weights": torch.zeros(2)})
     (root / "runs" / "broken").mkdir()
     (root / "runs" / "broken" / "last.safetensors").write_bytes(b"no tensors")

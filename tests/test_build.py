@@ -2,43 +2,23 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_prior
+from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import load_config
 from featinv.errors import UserError
-from featinv.inverters.build import about, build_inverter, find_inverter, load_inverter, load_trained, save_inverter
-
-CONDITIONING = {
-    "target": "featinv.conditioning.encoders.SpatialEncoder",
-    "params": {"components": 16, "hidden": 16, "blocks": 1},
-}
+from featinv.inverters.build import build_inverter, find_inverter, load_inverter, load_trained
 
 
 @pytest.fixture
 def config(tmp_path):
     tiny_prior().save_pretrained(tmp_path / "prior")
-    backbone = {
-        "target": "featinv.backbones.timm_backbone.TimmBackbone",
-        "params": {"name": "resnet10t", "pretrained": False, "input_size": 64},
-    }
-    inverter = {"target": "featinv.inverters.diffusion.DiffusionInverter", "params": {"num_inference_steps": 3}}
-    return OmegaConf.create(
-        {"prior": str(tmp_path / "prior"), "backbone": backbone, "conditioning": CONDITIONING, "inverter": inverter}
-    )
-
-
-def _saved(config, backbone, path, **more):
-    inverter = build_inverter(config, backbone.spec)
-    for parameter in inverter.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    save_inverter(path, inverter, about(config, inverter, backbone.spec), **more)
-    return inverter.eval()
+    return tiny_config(tmp_path / "prior")
 
 
 def test_a_saved_inverter_draws_the_same_images(tmp_path, config, backbone) -> None:
-    inverter = _saved(config, backbone, tmp_path / "run" / "inverter.safetensors", note={"steps": 5})
+    inverter = save_tiny(tmp_path / "run" / "inverter.safetensors", config, backbone, note={"steps": 5})
     again = load_trained(tmp_path / "run")
     features = backbone(torch.rand(2, 3, 32, 32))
     difference = again.inverter.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])
@@ -48,14 +28,14 @@ def test_a_saved_inverter_draws_the_same_images(tmp_path, config, backbone) -> N
 
 
 def test_half_precision_changes_little(tmp_path, config, backbone) -> None:
-    inverter = _saved(config, backbone, tmp_path / "half.safetensors", dtype=torch.float16)
+    inverter = save_tiny(tmp_path / "half.safetensors", config, backbone, dtype=torch.float16)
     features = backbone(torch.rand(2, 3, 32, 32))
     again = load_inverter(tmp_path / "half.safetensors")
     assert (again.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])).abs().mean() < 0.02
 
 
 def test_another_prior_is_refused(tmp_path, config, backbone) -> None:
-    _saved(config, backbone, tmp_path / "a.safetensors")
+    save_tiny(tmp_path / "a.safetensors", config, backbone)
     torch.manual_seed(9)
     other = tiny_prior()
     other.save_pretrained(config.prior)
@@ -64,7 +44,7 @@ def test_another_prior_is_refused(tmp_path, config, backbone) -> None:
 
 
 def test_another_backbone_is_refused(tmp_path, config, backbone) -> None:
-    _saved(config, backbone, tmp_path / "a.safetensors")
+    save_tiny(tmp_path / "a.safetensors", config, backbone)
     tree = load_checkpoint(tmp_path / "a.safetensors")
     tree["featinv"]["config"]["backbone"]["params"]["layer"] = "layer1"
     save_checkpoint(tmp_path / "b.safetensors", tree)
@@ -75,7 +55,7 @@ def test_another_backbone_is_refused(tmp_path, config, backbone) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "key", "shape", "kind"])
 def test_a_damaged_file_is_named(tmp_path, config, backbone, damage) -> None:
     path = tmp_path / "a.safetensors"
-    _saved(config, backbone, path)
+    save_tiny(path, config, backbone)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "empty":

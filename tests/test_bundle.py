@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_prior
+from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
 
 from featinv.checkpoint import read_header, save_checkpoint
 from featinv.files import load_safetensors
-from featinv.inverters.build import about, build_inverter, load_trained, save_inverter
+from featinv.inverters.build import load_trained
 from tools import bundle as tool
 from tools.model_card import IMAGENET, RENDERED, UNKNOWN, licence, logged_hours, probed_hours, this_machine
 
@@ -40,25 +40,10 @@ def run(tmp_path, backbone, monkeypatch) -> Path:
     (run / "first_stage.json").write_text(json.dumps({"psnr": 31.25, "cosine": 0.9, "floor": 0.2, "images": 64}))
     save_checkpoint(run / "unet" / "last.safetensors", {"global_step": 77})
     data = {"data": OmegaConf.load(ROOT / "configs/data/photos64.yaml")}
-    params = {"name": "resnet10t", "pretrained": False, "input_size": 64}
-    conditioning = {"components": 16, "hidden": 16, "blocks": 1}
-    config = OmegaConf.create(
-        {
-            "prior": str(run / "prior"),
-            "backbone": {"target": "featinv.backbones.timm_backbone.TimmBackbone", "params": params},
-            "conditioning": {"target": "featinv.conditioning.encoders.SpatialEncoder", "params": conditioning},
-            "inverter": {
-                "target": "featinv.inverters.diffusion.DiffusionInverter",
-                "params": {"num_inference_steps": 3},
-            },
-            "training": {"seed": 5, "batch_size": 16, "cache_root": str(tmp_path / "cache")},
-            **OmegaConf.to_container(OmegaConf.create(data), resolve=True),
-        }
-    )
-    inverter = build_inverter(config, backbone.spec)
-    for parameter in inverter.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    save_inverter(run / "inverter.safetensors", inverter, about(config, inverter, backbone.spec), note=LOG[-1])
+    training = {"seed": 5, "batch_size": 16, "cache_root": str(tmp_path / "cache")}
+    data = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
+    config = tiny_config(run / "prior", training=training, **data)
+    save_tiny(run / "inverter.safetensors", config, backbone, note=LOG[-1])
     (run / "probe.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     return run
 

@@ -2,8 +2,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_prior
-from omegaconf import OmegaConf
+from conftest import save_tiny, tiny_config, tiny_prior
 
 from eval import classic
 from eval.classic_studies import Claim, study_activity, study_attacks, study_layers, study_maximisation
@@ -12,7 +11,6 @@ from featinv.attribution.transfer import attacks, predict
 from featinv.backbones import load_backbone
 from featinv.errors import UserError
 from featinv.image import save_png
-from featinv.inverters.build import about, build_inverter, save_inverter
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
 from tools import visual_methods
 from tools.visualize import arguments
@@ -154,44 +152,28 @@ def test_deconvnet_projects_what_is_selected(net, tmp_path) -> None:
     assert not torch.equal(one[0]["deconvnet"], whole[0]["deconvnet"])
 
 
-def _run_of(config, backbone, folder) -> str:
-    inverter = build_inverter(config, backbone.spec)
-    save_inverter(folder / "inverter.safetensors", inverter, about(config, inverter, backbone.spec))
-    return str(folder)
-
-
 def test_the_table_has_every_inverter_with_its_seconds(tmp_path, monkeypatch) -> None:
     tiny_prior().save_pretrained(tmp_path / "prior")
     scenes = {"target": "featinv.data.scenes.ScenesDataset", "params": {"length": 4, "size": 32}}
-    config = OmegaConf.create(
-        {
-            "prior": str(tmp_path / "prior"),
-            "backbone": {
-                "target": "featinv.backbones.timm_backbone.TimmBackbone",
-                "params": {"name": "resnet10t", "pretrained": False, "input_size": 64},
-            },
-            "conditioning": {
-                "target": "featinv.conditioning.encoders.SpatialEncoder",
-                "params": {"components": 16, "hidden": 16, "blocks": 1},
-            },
-            "data": {
-                "target": "featinv.data.datamodule.ImageDataModule",
-                "params": {"train": scenes, "val": scenes, "batch_size": 2},
-            },
-            "inverter": {
-                "target": "featinv.inverters.diffusion.DiffusionInverter",
-                "params": {"num_inference_steps": 2},
-            },
-        }
-    )
+    data = {
+        "target": "featinv.data.datamodule.ImageDataModule",
+        "params": {"train": scenes, "val": scenes, "batch_size": 2},
+    }
+    config = tiny_config(tmp_path / "prior", data=data)
     backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
-    runs = [_run_of(config, backbone, tmp_path / "diffusion")]
+    save_tiny(tmp_path / "diffusion" / "inverter.safetensors", config, backbone)
     config.inverter = {
         "target": "featinv.inverters.upconv.UpconvInverter",
         "params": {"size": 32, "width": 32, "components": 16},
     }
-    runs.append(_run_of(config, backbone, tmp_path / "upconv"))
-    words = ["parts=[table]", f"table.inverters=[{','.join(runs)}]", "table.n=3", "table.steps=2", "table.timed=1"]
+    save_tiny(tmp_path / "upconv" / "inverter.safetensors", config, backbone)
+    words = [
+        "parts=[table]",
+        f"table.inverters=[{tmp_path}/diffusion,{tmp_path}/upconv]",
+        "table.n=3",
+        "table.steps=2",
+        "table.timed=1",
+    ]
     monkeypatch.setattr(sys, "argv", ["eval.classic", *words, f"out={tmp_path / 'out'}"])
     classic.main()
     figures = read_classic(tmp_path / "out")["table"]["figures"]

@@ -5,15 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from cells import Mosaic
-from conftest import tiny_prior
-from omegaconf import OmegaConf
+from conftest import save_tiny, tiny_config, tiny_prior
 
 from eval import curves as tool
 from featinv.errors import UserError
 from featinv.image import load_png, to_uint8
-from featinv.inverters.build import about, build_inverter, load_trained, save_inverter
+from featinv.inverters.build import load_trained
 from featinv.inverters.reconstruct import Reconstructions, sample_seed
 from featinv.metrics.benchmark import Contestant
 from featinv.metrics.images import psnr
@@ -31,25 +29,11 @@ def scenes(seed: int) -> dict:
 def run(tmp_path, backbone) -> Path:
     """An inverter with random weights and a probe log."""
     tiny_prior().save_pretrained(tmp_path / "prior")
-    data = {"train": scenes(0), "val": scenes(1)}
-    params = {"name": "resnet10t", "pretrained": False, "input_size": 64}
-    conditioning = {"components": 16, "hidden": 16, "blocks": 1}
-    config = OmegaConf.create(
-        {
-            "prior": str(tmp_path / "prior"),
-            "data": {"target": "featinv.data.datamodule.ImageDataModule", "params": data},
-            "backbone": {"target": "featinv.backbones.timm_backbone.TimmBackbone", "params": params},
-            "conditioning": {"target": "featinv.conditioning.encoders.SpatialEncoder", "params": conditioning},
-            "inverter": {
-                "target": "featinv.inverters.diffusion.DiffusionInverter",
-                "params": {"num_inference_steps": 3},
-            },
-        }
-    )
-    inverter = build_inverter(config, backbone.spec)
-    for parameter in inverter.trainable_parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    save_inverter(tmp_path / "run" / "inverter.safetensors", inverter, about(config, inverter, backbone.spec))
+    data = {
+        "target": "featinv.data.datamodule.ImageDataModule",
+        "params": {"train": scenes(0), "val": scenes(1)},
+    }
+    save_tiny(tmp_path / "run" / "inverter.safetensors", tiny_config(tmp_path / "prior", data=data), backbone)
     (tmp_path / "run" / "probe.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     return tmp_path / "run"
 
