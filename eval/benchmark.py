@@ -92,8 +92,18 @@ def untrained_contestant(name: str, setting: Setting, limit: int | None, params:
     return Contestant(inverter, limit, OmegaConf.to_container(node), own)  # type: ignore[arg-type]
 
 
+def own_backbone(trained: Trained, setting: Setting, known: dict[str, Backbone]) -> Backbone | None:
+    """The network that the inverter inverts, None if it is the setting's; rows of one configuration share it."""
+    if trained.config.backbone == setting.config.backbone:
+        return None
+    key = OmegaConf.to_yaml(trained.config.backbone)
+    if key not in known:
+        known[key] = trained.load_backbone().to(setting.backbone.mean.device)
+    return known[key]
+
+
 def trained_contestant(
-    name: str, trained: Trained, setting: Setting, limit: int | None, device: torch.device
+    name: str, trained: Trained, setting: Setting, limit: int | None, own: Backbone | None, device: torch.device
 ) -> Contestant:
     """A trained inverter, with its own backbone if that is not the setting's."""
     if trained.inverter.size != setting.size:
@@ -102,7 +112,6 @@ def trained_contestant(
         )
     if isinstance(trained.inverter, torch.nn.Module):
         trained.inverter.to(device)
-    own = None if trained.config.backbone == setting.config.backbone else trained.load_backbone().to(device)
     about = {"file": find_inverter(name).name, **trained.note}
     return Contestant(trained.inverter, limit, about, own)
 
@@ -119,14 +128,16 @@ def contestants(
     for key, names, known in (("limits", limits, [*loaded, *kinds]), ("params", params, kinds)):
         for name in sorted(set(names) - set(known)):
             raise UserError(f"{key}.{name} is no inverter of this run: {nearest(name, known)}")
-    rows = {}
+    rows: dict[str, Contestant] = {}
+    known: dict[str, Backbone] = {}
     for name, trained in loaded.items():
         row, limit = name.strip("/").removeprefix("runs/").replace("/", "-"), limits.get(name)
         if trained is None:
             kind = name.partition("@")[0]
             rows[row] = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
         else:
-            rows[row] = trained_contestant(name, trained, setting, limit, device)
+            own = own_backbone(trained, setting, known)
+            rows[row] = trained_contestant(name, trained, setting, limit, own, device)
     return rows
 
 

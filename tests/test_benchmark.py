@@ -93,7 +93,14 @@ def test_an_inverter_of_other_features_is_judged_in_both_networks(finished, othe
     originals, pictures = (Reconstructions(out / "c").originals(), Reconstructions(out / "c").samples(0))
     own = M.feature_cosine(other(originals), other(pictures)).mean().item()
     assert content["inverters"]["c"]["own_cosine"]["value"] == pytest.approx(own, abs=1e-5)
-    assert "own_cosine" not in content["inverters"]["a"]
+    assert "own_cosine" not in content["inverters"]["a"] and "own_share" not in content["inverters"]["a"]
+    partner, first_stage = M.derangement(14, 0), finished[1].first_stage
+    floor = M.feature_cosine(other(originals), other(originals[partner])).mean().item()
+    with torch.no_grad():
+        again = to_uint8(first_stage.decode(first_stage.encode(originals))).float() / 255
+        ceiling = M.feature_cosine(other(originals), other(again)).mean().item()
+    share = content["inverters"]["c"]["own_share"]["value"]
+    assert share == pytest.approx((own - floor) / (ceiling - floor), abs=1e-3)
     assert content["meta"]["rows"]["c"]["layer"] == "layer2" and content["meta"]["rows"]["a"]["depth"] == 1.0
 
 

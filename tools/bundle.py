@@ -31,7 +31,7 @@ from featinv.files import read_json, write_json
 from featinv.inverters.build import about, find_inverter, load_trained, prior_fingerprint, save_inverter
 from featinv.report.benchmark import shown_columns
 from featinv.report.curves import read_log
-from tools.model_card import RECORD, STAGES, bundle_files, logged_hours, this_machine, write_card
+from tools.model_card import RECORD, STAGES, bundle_files, logged_hours, probed_hours, this_machine, write_card
 
 LOG = "probe.jsonl"
 
@@ -94,7 +94,9 @@ def stage_inverter(
     save_inverter(target, trained.inverter, described, torch.float16, note)  # type: ignore[arg-type]
     if lines:
         shutil.copy(folder / LOG, target.with_suffix(".jsonl"))
-    record = {"hours": logged_hours(folder), "machine": machine or this_machine(), "history": history}
+    # A run that goes on from another folder brings that one's probe log, not its TensorBoard files.
+    known = [hours for hours in (logged_hours(folder), probed_hours(lines)) if hours is not None]
+    record = {"hours": max(known, default=None), "machine": machine or this_machine(), "history": history}
     write_json(target.with_suffix(".json"), record)
 
 

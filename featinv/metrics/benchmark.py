@@ -132,7 +132,7 @@ class Benchmark:
         first_does(lambda: store_items(self._items, self.out / "originals"))
         items = StoredItems(self.out / "originals")
         made = {name: self._reconstruct(items, name, contestant, samples) for name, contestant in contestants.items()}
-        rows = self._reference_rows(items)
+        rows = self._reference_rows(items, own_networks(contestants))
         rows |= {name: self._row(made[name], contestants[name]) for name in contestants}
         judges = replace(self.judges, labels=items.labels if self.class_labels else None)
         scratch = self.out / ".evaluation"
@@ -175,7 +175,7 @@ class Benchmark:
             own=contestant.backbone,
         )
 
-    def _reference_rows(self, items: StoredItems) -> dict[str, Row]:
+    def _reference_rows(self, items: StoredItems, own: list[Backbone]) -> dict[str, Row]:
         """Floors (another image, another image of the class) and ceiling (round trip), as rows like any other."""
         originals, first_stage = self._originals(items), self.first_stage
 
@@ -183,7 +183,7 @@ class Benchmark:
             paired = frozenset((partner >= 0).nonzero().flatten().tolist())
             return Row(lambda indices: originals(partner[indices].tolist()), paired)
 
-        rows = {FLOOR: others(derangement(len(items), self.seed))}
+        rows = {FLOOR: replace(others(derangement(len(items), self.seed)), also=own)}
         same = same_class_partner(items.labels, self.seed)
         if (same >= 0).any():
             rows[SAME_CLASS] = others(same)
@@ -193,7 +193,7 @@ class Benchmark:
             def round_trip(indices: list[int]) -> Tensor:
                 return rounded(first_stage.decode(first_stage.encode(originals(indices).to(device)))).cpu()
 
-            rows[CEILING] = Row(round_trip, range(len(items)))
+            rows[CEILING] = Row(round_trip, range(len(items)), also=own)
         return rows
 
     def _write(
@@ -206,18 +206,19 @@ class Benchmark:
         tables = Tables(items, numbers, self.judges, self.seed, self.distribution_resamples)
         floor = tables.references(FLOOR)
         ceiling = tables.references(CEILING) if self.first_stage is not None else {}
-        span = (floor["cosine"]["value"] or 0.0, (ceiling["cosine"]["value"] or 0.0) if ceiling else 1.0)
+        own = {id(network): {"own_cosine": tables.span(k)} for k, network in enumerate(own_networks(contestants))}
+        spans = {name: {"cosine": tables.span()} | own.get(id(c.backbone), {}) for name, c in contestants.items()}
         content: dict[str, Any] = {"meta": self._meta(len(items), contestants), "floor": floor}
         if (same_class_partner(items.labels) >= 0).any():
             content["floor_same_class"] = tables.references(SAME_CLASS)
         content["ceiling"] = ceiling
-        content["inverters"] = {name: tables.figures(name, span) for name in contestants}
+        content["inverters"] = {name: tables.figures(name, spans[name]) for name in contestants}
         content["factors"] = tables.factors_of_originals()
         content["differences"] = tables.differences(list(contestants))
         content["cases"] = {name: tables.cases(name) for name in contestants}
         shortest = min(len(m.ids) for m in made.values())
         if shortest < len(items):
-            few = {name: tables.figures(name, span, shortest) for name in contestants}
+            few = {name: tables.figures(name, spans[name], shortest) for name in contestants}
             content["subset"] = {"n": shortest, "inverters": few}
         write_json(self.out / "metrics.json", content)
         write_text(self.out / "per_image.csv", tables.per_image(list(contestants)))
@@ -238,6 +239,11 @@ class Benchmark:
             "skipped": self.skipped,
             "python": platform.python_version(),
         }
+
+
+def own_networks(contestants: Mapping[str, Contestant]) -> list[Backbone]:
+    """The networks that rows have of their own, each once."""
+    return list({id(c.backbone): c.backbone for c in contestants.values() if c.backbone is not None}.values())
 
 
 def _fitted(truth: FactorTruth | None, network: Backbone) -> FactorProbe | None:

@@ -20,6 +20,7 @@ from featinv.errors import UserError
 from featinv.files import save_safetensors
 from featinv.metrics.collection import METRICS, embed, possible_metrics
 from featinv.metrics.factors import FactorProbe
+from featinv.metrics.features import feature_cosine
 from featinv.metrics.images import embedding_diversity, pixel_diversity
 from featinv.metrics.views import Embedder, ImagePairs, Network, Perceptual, View
 from featinv.processes import first_does, own_share, process_rank, wait_for_all
@@ -38,12 +39,14 @@ class Row:
         indices: Positions that the row has.
         samples: Positions -> (B, K, 3, H, W), if there are several samples of each.
         own: The network whose features were inverted, where that is not the judges' backbone.
+        also: Networks in which the row's cosine is wanted as well: the other rows' own ones, for a floor or a ceiling.
     """
 
     pictures: Pictures
     indices: Container[int]
     samples: Pictures | None = None
     own: Network | None = None
+    also: Sequence[Network] = ()
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,17 @@ class RowEvaluation:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def values(self, row: str) -> dict[str, Tensor]:
-        """Metric -> (n,) values, in the order of `indices`."""
+        """Metric -> (n,) values, in the order of `indices`; none if there is no such row."""
         return self._read(_key(row, "value", ""))
 
     def indices(self, row: str) -> Tensor:
         """Positions of the row's originals, (n,)."""
         return self._read(_key(row, "indices", ""))[""]
+
+    def also(self, row: str) -> list[Tensor]:
+        """Cosines (n,) in each network of `Row.also`."""
+        found = self._read(_key(row, "also", ""))
+        return [found[str(k)] for k in range(len(found))]
 
     def embeddings(self, row: str = ORIGINALS) -> dict[str, Tensor]:
         """Network -> (n, D); by default those of the originals."""
@@ -160,7 +168,8 @@ def _evaluate_batch(
     images = originals(batch).to(judges.device)
     backbone = View(judges.backbone, images)
     referee = View(judges.referee, images) if judges.referee is not None else None
-    own = {id(row.own): View(row.own, images) for row in rows.values() if row.own is not None}
+    networks = [network for row in rows.values() for network in (row.own, *row.also) if network is not None]
+    own = {id(network): View(network, images) for network in networks}
     found = _looks(ORIGINALS, images, backbone, referee, judges)
     if judges.feature_probe is not None:
         features = probe_input(backbone.features)
@@ -171,12 +180,13 @@ def _evaluate_batch(
             continue
         indices = [batch[position] for position in kept]
         views = [view.take(kept) if view is not None else None for view in (backbone, referee, own.get(id(row.own)))]
-        found |= _evaluate_row(name, row, indices, views, judges)
+        also = [own[id(network)].take(kept) for network in row.also]
+        found |= _evaluate_row(name, row, indices, views, also, judges)
     return found
 
 
 def _evaluate_row(
-    name: str, row: Row, indices: list[int], originals: Sequence[View | None], judges: Judges
+    name: str, row: Row, indices: list[int], originals: Sequence[View | None], also: Sequence[View], judges: Judges
 ) -> dict[str, Tensor]:
     pictures = row.pictures(indices).to(judges.device)
     backbone, referee, own = [None if view is None else view.against(pictures) for view in originals]
@@ -193,6 +203,8 @@ def _evaluate_row(
     )
     found = {_key(name, "indices", ""): torch.tensor(indices)}
     found |= {_key(name, "value", metric): METRICS[metric](pairs).cpu() for metric in names}
+    for k, view in enumerate(also):
+        found[_key(name, "also", str(k))] = feature_cosine(*view.against(pictures).features).cpu()
     if row.samples is not None:
         spread = sample_diversity(row.samples(indices), judges)
         found |= {_key(name, "value", metric): values for metric, values in spread.items()}

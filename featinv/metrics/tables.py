@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from featinv.metrics.truth import spec_column
 
 log = logging.getLogger(__name__)
 Figures = dict[str, Interval]
+Span = tuple[float, float]
 FLOOR, SAME_CLASS, CEILING = "floor\n", "floor_same_class\n", "ceiling\n"  # no inverter's name ends so
 PAIRED = ("cosine", "referee_cosine", "top1_agreement", "top5_agreement", "psnr", "ssim", "lpips")
 """Per-image metrics whose differences between inverters are given."""
@@ -49,17 +51,29 @@ class Tables:
     def references(self, row: str) -> Figures:
         """A floor or the ceiling. Floors have no distribution metric: both sides are the same images."""
         if row == CEILING:
-            return self.figures(row, None)
+            return self.figures(row)
         values = self.numbers.values(row)
         return {name: bootstrap_mean(v, seed=self.seed) for name, v in values.items()}
 
-    def figures(self, row: str, span: tuple[float, float] | None, first: int | None = None) -> Figures:
-        """All figures of a row, over its `first` images or all; `span` is (floor, ceiling) of the cosine."""
+    def span(self, own: int | None = None) -> Span:
+        """Floor and ceiling of the cosine: in the judges' backbone, or in the network at this place of `Row.also`."""
+        return self._mean_cosine(FLOOR, own), self._mean_cosine(CEILING, own)
+
+    def _mean_cosine(self, row: str, own: int | None) -> float:
+        values = self.numbers.values(row)
+        if not values:  # no first stage: its ceiling is 1
+            return 1.0
+        cosines = values["cosine"] if own is None else self.numbers.also(row)[own]
+        return bootstrap_mean(cosines, seed=self.seed)["value"] or 0.0
+
+    def figures(self, row: str, spans: Mapping[str, Span] | None = None, first: int | None = None) -> Figures:
+        """All figures of a row, over its `first` images or all; `spans` of "cosine" and of "own_cosine" give shares."""
         values = {name: v[:first] for name, v in self.numbers.values(row).items()}
-        if span is not None and span[1] > span[0]:
-            values["share"] = share_of_span(values["cosine"], *span)
-        elif span is not None:
-            log.warning("no share of the span: the ceiling %.3f is not above the floor %.3f", span[1], span[0])
+        for name, (low, high) in (spans or {}).items():
+            if high > low:
+                values[name.replace("cosine", "share")] = share_of_span(values[name], low, high)
+            else:
+                log.warning("%s: no share of the span, the ceiling %.3f is not above the floor %.3f", name, high, low)
         fake = {name: rows[:first] for name, rows in self.numbers.embeddings(row).items()}
         real = {name: rows[self.numbers.indices(row)[:first]] for name, rows in self.real.items()}
         figures = summarise(values, real, fake, seed=self.seed, distribution_resamples=self.resamples)

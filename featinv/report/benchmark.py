@@ -17,7 +17,7 @@ from featinv.inverters.reconstruct import Reconstructions
 from featinv.report.page import figure_table, figure_text, picture_table, write_page
 
 COLUMNS: tuple[str, ...] = (
-    *("share", "cosine", "cosine_median", "cosine_q05", "l2", "referee_cosine"),
+    *("share", "cosine", "own_share", "own_cosine", "cosine_median", "cosine_q05", "l2", "referee_cosine"),
     *("top1_agreement", "top5_agreement", "referee_top1_agreement", "referee_top5_agreement"),
     *("label_accuracy", "referee_label_accuracy", "psnr", "ssim", "lpips"),
 )
@@ -176,10 +176,11 @@ def benchmark_sections(folder: Path, content: Mapping[str, Any], shown: int = 12
 
 def _explained(table: str) -> str:
     return table + (
-        "<p class='note'>share = (cosine − floor) / (ceiling − floor). Brackets: bootstrap 95 % intervals. No inverter "
-        "saw the referee network. cosine_median and cosine_q05 are over positions. Metrics that carry a network's name "
-        "were computed with it, not with Inception; identified is the share of images whose reconstruction is nearer "
-        "to its own original than to any other in that network.</p>"
+        "<p class='note'>share = (cosine − floor) / (ceiling − floor); own_share and own_cosine are those in "
+        "the layer that the row inverts, where that is not the judging one. Brackets: bootstrap 95 % intervals. No "
+        "inverter saw the referee network. cosine_median and cosine_q05 are over positions. Metrics that carry a "
+        "network's name were computed with it, not with Inception; identified is the share of images whose "
+        "reconstruction is nearer to its own original than to any other in that network.</p>"
     )
 
 
