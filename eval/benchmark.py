@@ -93,7 +93,7 @@ def untrained_contestant(name: str, setting: Setting, limit: int | None, params:
 
 
 def own_backbone(trained: Trained, setting: Setting, known: dict[str, Backbone]) -> Backbone | None:
-    """The network that the inverter inverts, None if it is the setting's; rows of one configuration share it."""
+    """The network that the inverter inverts, from `known` if a row has it already; None if it is the setting's."""
     if trained.config.backbone == setting.config.backbone:
         return None
     key = OmegaConf.to_yaml(trained.config.backbone)
@@ -103,22 +103,20 @@ def own_backbone(trained: Trained, setting: Setting, known: dict[str, Backbone])
 
 
 def trained_contestant(
-    name: str, trained: Trained, setting: Setting, limit: int | None, own: Backbone | None, device: torch.device
+    name: str, trained: Trained, setting: Setting, limit: int | None, known: dict[str, Backbone]
 ) -> Contestant:
-    """A trained inverter, with its own backbone if that is not the setting's."""
+    """A trained inverter, with its own backbone if that is not the setting's (see `own_backbone`)."""
     if trained.inverter.size != setting.size:
         raise UserError(
             f"{name} draws {trained.inverter.size} pixels, not {setting.size}; compare it in its own table."
         )
     if isinstance(trained.inverter, torch.nn.Module):
-        trained.inverter.to(device)
+        trained.inverter.to(setting.backbone.mean.device)
     about = {"file": find_inverter(name).name, **trained.note}
-    return Contestant(trained.inverter, limit, about, own)
+    return Contestant(trained.inverter, limit, about, own_backbone(trained, setting, known))
 
 
-def contestants(
-    loaded: dict[str, Trained | None], setting: Setting, config: DictConfig, device: torch.device
-) -> dict[str, Contestant]:
+def contestants(loaded: dict[str, Trained | None], setting: Setting, config: DictConfig) -> dict[str, Contestant]:
     """The benchmark's rows, by names that are good for folders.
 
     `config.limits` and `config.params` of a kind (`optimisation`) hold on every layer of it, and need not be used.
@@ -136,8 +134,7 @@ def contestants(
             kind = name.partition("@")[0]
             rows[row] = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
         else:
-            own = own_backbone(trained, setting, known)
-            rows[row] = trained_contestant(name, trained, setting, limit, own, device)
+            rows[row] = trained_contestant(name, trained, setting, limit, known)
     return rows
 
 
@@ -195,7 +192,7 @@ def main() -> None:
     with process_group():
         loaded = load_all(list(config.inverters))
         setting = shared_setting(config.setting, loaded, device)
-        rows = contestants(loaded, setting, config, device)
+        rows = contestants(loaded, setting, config)
         content = build_benchmark(config, setting, out, device).run(rows, samples=config.samples)
         if process_rank()[0] == 0:
             write_benchmark(out, content, "Feature inversion: " + ", ".join(rows))

@@ -80,7 +80,7 @@ def measure_steps(config: DictConfig, out: Path) -> dict[str, Any]:
     setting = shared_setting(None, loaded, device)
     trained = loaded[config.inverter]
     assert trained is not None  # else there is no setting
-    row = trained_contestant(config.inverter, trained, setting, None, device)
+    row = trained_contestant(config.inverter, trained, setting, None, {})
     rows = step_rows(config.inverter, row, list(config.steps))
     return build_benchmark(config, setting, out / "steps", device).run(rows)
 

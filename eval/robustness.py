@@ -81,7 +81,7 @@ def main() -> None:
     with process_group():
         loaded = load_all([config.inverter])
         setting = shared_setting(config.setting, loaded, device)
-        ((name, row),) = contestants(loaded, setting, config, device).items()
+        ((name, row),) = contestants(loaded, setting, config).items()
         backbone = row.backbone or setting.backbone
         data = chosen_data(config, setting)
         conditions = chosen_conditions(config, backbone, setting.size, isinstance(data.dataset, ScenesDataset))
