@@ -208,8 +208,8 @@ class FeatureGuidedInverter:
         self,
         inverter: DiffusionInverter,
         backbone: Backbone,
-        strength: float = 0.1,
-        iterations: int = 1,
+        strength: float = 0.02,
+        iterations: int = 3,
         interval: Sequence[float] = (0.0, 0.7),
         sampler: str | None = "ddim",
     ):
