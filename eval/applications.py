@@ -18,8 +18,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from featinv.applications import measure
+from featinv.applications.batches import decode, encode, seeds_of
 from featinv.applications.measure import Measured
-from featinv.applications.scene_reader import SceneReader, SceneSet, scene_set
+from featinv.applications.scene_reader import SceneReader, SceneSet, scene_set, with_reconstructions
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate, nearest
@@ -54,9 +55,11 @@ class Measurements:
 
     def steering(self) -> Measured:
         """See `measure_steering`."""
-        c, reader = self.config, SceneReader(self.referee, self.learn)
+        c, learn = self.config, self.learn
+        decoded = decode(self.inverter, encode(self.backbone, learn.images), seeds_of(c.seed, len(learn.images)))
+        reader = SceneReader(self.referee, with_reconstructions(learn, decoded))
         return measure.measure_steering(
-            self.inverter, self.backbone, reader, self.learn, self.scenes, c.factor, list(c.strengths), c.seed
+            self.inverter, self.backbone, reader, learn, self.scenes, c.factor, list(c.strengths), c.seed
         )
 
     def composites(self) -> Measured:

@@ -6,7 +6,7 @@ from cells import SIZE, Cells, Mosaic, Noisy, Pooled
 
 from featinv.applications import measure
 from featinv.applications.lookup import Examples, find_concept
-from featinv.applications.scene_reader import SceneReader, object_crops, scene_set
+from featinv.applications.scene_reader import SceneReader, object_crops, scene_set, with_reconstructions
 from featinv.data.scenes import render_scenes
 from featinv.errors import UserError
 from featinv.image import load_png, save_png
@@ -96,11 +96,13 @@ def test_the_figures_of_inverters_whose_truth_is_known() -> None:
     crops = object_crops(scenes.images, scenes.masks, size=16)
     inside = object_crops(scenes.masks.expand(-1, 3, -1, -1), scenes.masks, size=16)
     assert crops.shape == (40, 3, 16, 16) and inside.mean() > 2 * scenes.masks.mean()  # closer than the whole picture
-    reader = SceneReader(Cells(), learn)
+    reader = SceneReader(Cells(), with_reconstructions(learn, learn.images))
+    assert reader.accuracy(scenes) == SceneReader(Cells(), learn).accuracy(scenes)  # nothing new in the same pictures
     steered = measure.measure_steering(Mosaic(), backbone, reader, learn, scenes, strengths=(0.0001, 1.0, 3.0))
     by_strength = [steered.figures["by_strength"][s]["own"] for s in ("0.0001", "1", "3")]
     assert by_strength[0] < 0.3 < by_strength[2] and by_strength[0] < by_strength[1]
     assert steered.figures["by_strength"]["0.0001"]["others"] < 0.02
+    assert steered.figures["others_by_chance"] == 0  # a mosaic has no chance in it
 
     composite = measure.measure_composites({"spatial": Mosaic(), "pooled": Pooled()}, backbone, scenes).figures
     assert composite["spatial"]["placed"]["value"] == 1 and composite["pooled"]["placed"]["value"] == 0

@@ -56,7 +56,8 @@ def measure_steering(
     """Steer the largest object of each scene towards another class of a factor, every class in turn.
 
     The strength is chosen on the first half of the scenes, the figures are those of the second half: "own" is the share
-    that became what was asked for (the aim: 0.8), "others" how often another factor changed (the aim: at most 0.2).
+    that became what was asked for (the aim: 0.8), "others" how often another factor changed (the aim: at most 0.2), and
+    "others_by_chance" how often it does between two draws of the unsteered features.
 
     Raises:
         UserError: If there are fewer than four scenes.
@@ -82,11 +83,15 @@ def measure_steering(
         tests[strength] = [_steering_test(reader, read[half], wanted[half], name) for half in (first, ~first)]
         shown[f"strength {strength:g}"] = pictures[:8]
     best = max(strengths, key=lambda s: tests[s][0].own - tests[s][0].others)
+    draws = [reader.read(decode(inverter, features, s), scenes.masks) for s in (seeds, seeds_of(seed + 1, len(seeds)))]
+    chance = _steering_test(reader, torch.stack(draws, 1)[~first], wanted[~first], name)
     figures = {
         "strength": best,
         "own": bootstrap_mean(tests[best][1].reached.double(), seed=seed),
         "others": tests[best][1].others,
+        "others_by_chance": chance.others,
         "by_strength": {f"{s:g}": {"own": t[1].own, "others": t[1].others} for s, t in tests.items()},
+        "changed": {factor: float(c.double().mean()) for factor, c in tests[best][1].changed.items()},
         "reader_accuracy": reader.accuracy(scenes),
     }
     return Measured(figures, shown)
