@@ -39,10 +39,9 @@ def run(tmp_path, backbone, monkeypatch) -> Path:
     tiny_prior().save_pretrained(run / "prior")
     (run / "first_stage.json").write_text(json.dumps({"psnr": 31.25, "cosine": 0.9, "floor": 0.2, "images": 64}))
     save_checkpoint(run / "unet" / "last.safetensors", {"global_step": 77})
-    data = {"data": OmegaConf.load(ROOT / "configs/data/photos64.yaml")}
     training = {"seed": 5, "batch_size": 16, "cache_root": str(tmp_path / "cache")}
-    data = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
-    config = tiny_config(run / "prior", training=training, **data)
+    data = OmegaConf.create({"data": OmegaConf.load(ROOT / "configs/data/photos64.yaml")})
+    config = tiny_config(run / "prior", training=training, **OmegaConf.to_container(data, resolve=True))
     save_tiny(run / "inverter.safetensors", config, backbone, note=LOG[-1])
     (run / "probe.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LOG))
     return run
