@@ -23,7 +23,7 @@ from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_i
 from featinv.training.module import InversionModule
 from featinv.training.plan import plan
 from featinv.training.probe import FeatureProbe
-from featinv.training.rows import held_out_images, keep_config, prepare, training_rows
+from featinv.training.rows import held_out_images, keep_config, prepare, start_from, training_rows
 from featinv.training.runner import fit, hold_run
 from featinv.training.summary import describe
 
@@ -63,6 +63,7 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
     keep_config(config, out, changed)
     dataset, probe_images = training_rows(config, module, out), held_out_images(config, settings.probe_images)
     prepare(module, dataset, settings.prepare_images, out)
+    start_from(module, settings.get("start"), out)
     probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)
     fit(
         module,

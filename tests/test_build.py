@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import load_config
 from featinv.errors import UserError
-from featinv.inverters.build import build_inverter, find_inverter, load_inverter, load_trained
+from featinv.inverters.build import build_inverter, find_inverter, load_inverter, load_trained, take_over
 
 
 @pytest.fixture
@@ -32,6 +32,28 @@ def test_half_precision_changes_little(tmp_path, config, backbone) -> None:
     features = backbone(torch.rand(2, 3, 32, 32))
     again = load_inverter(tmp_path / "half.safetensors")
     assert (again.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])).abs().mean() < 0.02
+
+
+def test_an_inverter_starts_from_another_one_part_by_part(tmp_path, config, backbone) -> None:
+    save_tiny(tmp_path / "run" / "inverter.safetensors", config, backbone, note={})
+    old = {k: v.clone() for k, v in load_trained(tmp_path / "run").inverter.trainable_state().items()}
+    same = build_inverter(config, backbone.spec)
+    taken, fresh = take_over(same, tmp_path / "run")
+    assert fresh == [] and all(torch.equal(v, old[k]) for k, v in same.trainable_state().items())
+
+    config.conditioning.params.hidden = 32  # another encoder: the branch fits, the encoder stays as it was built
+    other = build_inverter(config, backbone.spec)
+    before = {k: v.clone() for k, v in other.trainable_state().items()}
+    taken, fresh = take_over(other, tmp_path / "run")
+    assert "branch" in taken and fresh == ["encoder"]
+    for key, value in other.trainable_state().items():
+        assert torch.equal(value, (before if key.startswith("encoder.") else old)[key])
+
+
+def test_a_start_of_which_nothing_fits_is_refused(tmp_path, config, backbone) -> None:
+    save_checkpoint(tmp_path / "other.safetensors", {"featinv": {}, "state_dict": {"x": torch.zeros(1)}})
+    with pytest.raises(UserError, match="nothing in"):
+        take_over(build_inverter(config, backbone.spec), tmp_path / "other.safetensors")
 
 
 def test_another_prior_is_refused(tmp_path, config, backbone) -> None:

@@ -199,6 +199,24 @@ def test_shortcut_alone_is_principal_component_coding() -> None:
     assert torch.allclose(ours - ours.mean(0), kept, atol=1e-3)
 
 
+@torch.no_grad()
+def test_a_shortcut_fitted_to_other_latents_keeps_the_channels_that_suit_and_loses_no_component() -> None:
+    images = torch.rand(40, 3, 16, 16).cumsum(3).div(16)
+    own, other = tiny_first_stage(shortcut=True), tiny_first_stage(shortcut=True)
+    own.shortcut.fit(images)
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(3)))[0]
+    latents = torch.einsum("kc,nchw->nkhw", rotation, own.distribution(images).mean) + torch.arange(4.0)[:, None, None]
+    latents[:, 2] = torch.randn(latents[:, 2].shape)  # no function of the pictures: this channel is free
+    other.shortcut.fit_like(images, latents)
+    found = other.distribution(images).mean
+    assert torch.allclose(found[:, [0, 1, 3]], latents[:, [0, 1, 3]], atol=1e-3)
+    # The same principal components, so the same pictures but for the one bias a colour, which cannot hold a patch.
+    one, two = (stage.synthesise(stage.distribution(images).mean) for stage in (own, other))
+    assert torch.allclose(one - one.mean(0), two - two.mean(0), atol=1e-3)
+    columns = found.permute(1, 0, 2, 3).flatten(1)
+    assert torch.corrcoef(columns)[2, [0, 1, 3]].abs().max() < 1e-3
+
+
 def test_latents_are_normalised() -> None:
     stage, images = tiny_first_stage(), torch.rand(16, 3, 32, 32)
     normalise_latents(stage, images)

@@ -12,6 +12,8 @@ import torch
 import yaml
 from conftest import tiny_prior
 
+from featinv.checkpoint import load_checkpoint
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -83,6 +85,16 @@ def test_a_finished_run_does_not_train_again(experiment, trained) -> None:
     done = _run("train.py", f"experiment={experiment}", f"out={trained}", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (trained / "inverter.safetensors").read_bytes() == before
+
+
+def test_a_run_starts_from_the_weights_of_another(experiment, trained) -> None:
+    out = experiment.parent / "from_run"
+    words = [f"experiment={experiment}", f"training.start={trained}", "training.max_steps=1", f"out={out}"]
+    done = _run("train.py", *words, "training.module.params.learning_rate=1e-12", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_checkpoint(run / "inverter.safetensors")["state_dict"] for run in (trained, out))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-6, rtol=2e-3)  # rounded to half precision
 
 
 def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
 from featinv.config import CONFIG_ROOT, instantiate, load_config
 from featinv.data.memory import InMemoryImages
 from featinv.diffusion.controlled_unet import unconditional
 from featinv.diffusion.first_stage import FirstStage, normalise_latents
-from featinv.diffusion.prior import DiffusionPrior
+from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.diffusion.samplers import sample
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
@@ -71,14 +71,38 @@ def judge_first_stage(first_stage: FirstStage, backbone: Backbone, images: Tenso
     return figures, again
 
 
+def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
+    """Build the first stage and fit its linear part; with `config.start`, near the latents of that prior."""
+    node = config.first_stage
+    torch.manual_seed(0)
+    first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
+    start = load_prior(config.start).first_stage if config.get("start") else None
+    if start is not None:
+        take_over(first_stage.vae, start.vae, "first_stage.vae")
+    if first_stage.shortcut is not None and start is not None and start.shortcut is not None:
+        with torch.no_grad():
+            latents = torch.cat([start.distribution(part).mean for part in images.split(64)])
+        first_stage.shortcut.fit_like(images, latents)
+    elif first_stage.shortcut is not None:
+        first_stage.shortcut.fit(images)
+    return first_stage
+
+
+def take_over(part: nn.Module, other: nn.Module, name: str) -> None:
+    """Copy the weights of `other`, a network of the same shape, into `part`; otherwise raise UserError."""
+    own, given = part.state_dict(), other.state_dict()
+    if differing := [key for key in own if key not in given or own[key].shape != given[key].shape]:
+        raise UserError(
+            f"{name} differs from that of `start` in {differing[0]!r}; leave `start` out, or give it equal sizes."
+        )
+    part.load_state_dict({key: given[key] for key in own})
+
+
 def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tensor, out: Path) -> FirstStage:
     """Train the autoencoder and write its figures and a grid."""
     backbone = instantiate(config.backbone, where="backbone")
     node = config.first_stage
-    torch.manual_seed(0)
-    first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
-    if first_stage.shortcut is not None:
-        first_stage.shortcut.fit(images[range(min(3000, len(images)))]["image"])
+    first_stage = new_first_stage(config, images[range(min(3000, len(images)))]["image"])
     started = time.time()
     for stage, folder in (("module", "first_stage"), ("polish", "decoder")):
         if node.get(stage):
@@ -98,6 +122,8 @@ def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImag
     """Train the UNet on the latents and write samples."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**_plain(config.unet.config))
+    if config.get("start"):
+        take_over(unet, load_prior(config.start).unet, "unet")
     # Scenes have no captions: one token of zeros stands for every prompt.
     text = {name: torch.zeros(1, 1, unet.config.cross_attention_dim) for name in ("prompt", "null")}
     scheduler = DDPMScheduler(**_plain(config.unet.scheduler))

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from featinv.errors import UserError
 
 
+def _columns(latents: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N h w, C), in double precision."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2).double()
+
+
 class PatchShortcut(nn.Module):
     """A linear codec beside the autoencoder: patches <-> principal components, both directions trainable.
 
@@ -51,6 +56,34 @@ class PatchShortcut(nn.Module):
         self.synthesis.weight.copy_((vectors / scale).T.reshape(shape))
         # One bias per colour cannot hold the mean patch, but scene patches have hardly any structure in the mean.
         self.synthesis.bias.copy_(mean.reshape(3, -1).mean(1))
+
+    @torch.no_grad()
+    def fit_like(self, images: Tensor, latents: Tensor, least: float = 0.9) -> None:
+        """Start from the principal components of images, mixed into the language of given latents.
+
+        A channel of `latents` that is a linear function of the components stays what it is; the others take the
+        components that are left over. What was trained on the old latents finds most of them again.
+
+        Args:
+            images: Training images (N, 3, H, W) in [0, 1].
+            latents: Unscaled latents (N, C, h, w) of the same images in another first stage.
+            least: R2 from which a channel is kept.
+        """
+        assert self.analysis.bias is not None and self.synthesis.bias is not None
+        self.fit(images)
+        components, theirs = (_columns(x) for x in (self.analysis(images * 2 - 1), latents))
+        centred = theirs - theirs.mean(0)
+        mixing = torch.linalg.lstsq(components, centred).solution  # the components' own mean is zero
+        kept = 1 - (centred - components @ mixing).var(0) / centred.var(0) > least
+        deviation = components.std(0)[:, None]
+        # Of whitened components, an orthonormal rest is uncorrelated with the channels that are kept.
+        basis, _ = torch.linalg.qr(mixing[:, kept] * deviation, mode="complete")
+        mixing[:, ~kept] = basis[:, int(kept.sum()) :] / deviation * centred.std(0)[kept].median()
+        offset, inverse = theirs.mean(0) * kept, torch.linalg.inv(mixing)
+        self.analysis.weight.copy_(torch.einsum("kchw,kl->lchw", self.analysis.weight.double(), mixing))
+        self.analysis.bias.copy_(self.analysis.bias.double() @ mixing + offset)
+        self.synthesis.weight.copy_(torch.einsum("lk,kchw->lchw", inverse, self.synthesis.weight.double()))
+        self.synthesis.bias.sub_(torch.einsum("l,lchw->chw", offset, self.synthesis.weight.double()).mean((1, 2)))
 
 
 class FirstStage(nn.Module):

@@ -221,6 +221,32 @@ def load_inverter(name_or_path: str | Path) -> Inverter:
     return load_trained(name_or_path).inverter
 
 
+def take_over(inverter: TrainableInverter, name_or_path: str | Path) -> tuple[list[str], list[str]]:
+    """Start an inverter from the (averaged) weights of another one, part by part: branch, encoder, gate.
+
+    A part all of whose tensors are there in equal shapes is taken, others stay fresh: a branch trained on one layer
+    serves another layer, whose encoder does not fit.
+
+    Args:
+        inverter: Changed in place.
+        name_or_path: As for `load_trained`.
+
+    Returns:
+        Names of the parts that were taken and of those that were not.
+
+    Raises:
+        UserError: If no part fits.
+    """
+    path = find_inverter(name_or_path)
+    given, own = _averaged(load_checkpoint(path)), inverter.trainable_state()
+    misfits = {key.partition(".")[0] for key in own if key not in given or given[key].shape != own[key].shape}
+    taken = {key: given[key] for key in own if key.partition(".")[0] not in misfits}
+    if not taken:
+        raise UserError(f"nothing in {path} fits this inverter: its tensors have other names or shapes.")
+    inverter.load_state_dict(taken, strict=False)
+    return sorted({key.partition(".")[0] for key in taken}), sorted(misfits)
+
+
 def _averaged(tree: dict[str, Any]) -> dict[str, Tensor]:
     averages = (tree.get("ema") or {}).get("averages") or {}
     state = {**tree["state_dict"], **averages}

@@ -84,6 +84,11 @@ class InversionModule(pl.LightningModule):
         named = self.inverter.named_parameters()
         return {k: p for k, p in named if p.requires_grad and not k.startswith("prior.")}
 
+    def restart_average(self) -> None:
+        """Begin the average anew from the weights as they are: they were changed from outside."""
+        if self.ema is not None:
+            self.ema = EMA(self._trained(), self.ema.decay)
+
     @property
     def backbone(self) -> Backbone:
         """The frozen backbone, on this module's device."""
@@ -94,8 +99,7 @@ class InversionModule(pl.LightningModule):
         if self.device_mesh is None:
             return
         shard(self.inverter, self.device_mesh["data_parallel"])
-        if self.ema is not None:
-            self.ema = EMA(self._trained(), self.ema.decay)
+        self.restart_average()
 
     def on_fit_start(self) -> None:
         """Follow Lightning's device with what is no part of this module's tree."""

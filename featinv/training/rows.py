@@ -15,7 +15,7 @@ from featinv.config import differences, instantiate
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.files import write_text
-from featinv.inverters.build import first_stage_fingerprint
+from featinv.inverters.build import first_stage_fingerprint, take_over
 from featinv.training.batches import BatchedRows
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
@@ -111,3 +111,12 @@ def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: i
             latents.append(module.inverter.prior.first_stage.encode(batch["image"]))
     log.info("fitting whitening and linear estimate on %d images", total)
     module.inverter.prepare(torch.cat(features), torch.cat(latents) if latents else None)
+
+
+def start_from(module: InversionModule, name_or_path: str | None, folder: Path) -> None:
+    """Begin with the weights of another inverter where `training.start` names one, unless the run has begun."""
+    if not name_or_path or last_checkpoint(folder) is not None:
+        return
+    taken, fresh = take_over(module.inverter, name_or_path)
+    module.restart_average()
+    log.info("from %s: %s; new: %s", name_or_path, ", ".join(taken), ", ".join(fresh) or "nothing")
