@@ -11,7 +11,7 @@ from featinv.errors import UserError
 from featinv.files import load_safetensors
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.cache import build_cache
-from featinv.training.consistency import EstimateConsistency, SampleConsistency
+from featinv.training.consistency import EstimateConsistency, SampleConsistency, _moved
 from featinv.training.module import InversionModule
 from featinv.training.prior_modules import PriorModule
 from featinv.training.rows import keep_config
@@ -144,6 +144,27 @@ def test_consistency_in_the_last_map_adds_its_own_distance() -> None:
     ]
     expected = 1 - float(cosines[0]) + 0.5 * (1 - float(cosines[1]))
     assert float(term(module.inverter, early, {}, features, [1, 2, 3])) == pytest.approx(expected, abs=1e-4)
+
+
+def test_jitter_judges_both_pictures_moved_alike() -> None:
+    backbone = load_backbone("resnet18", layer="layer1", pretrained=False, input_size=32)
+    module, images = _module(backbone), torch.rand(3, 3, 32, 32)
+    features, term = backbone(images), SampleConsistency(rows=3, jitter=5)
+    shifts = {seed: term._shift(seed) for seed in range(40)}
+    assert 10 < sum(shift == (0, 0) for shift in shifts.values()) < 30
+    assert all(max(map(abs, shift)) <= 5 for shift in shifts.values())
+    seed = next(seed for seed, (down, right) in shifts.items() if down > 0 > right)
+    down, right = shifts[seed]
+    seeds = [seed, 1, 2]
+    drawn = module.inverter.invert(features, seeds=seeds)
+    inside = (slice(None), slice(None), slice(down, None), slice(None, right))
+    for image in (drawn, images):  # moved: what was at (y, x) is at (y + down, x + right)
+        moved = _moved(image, down, right)
+        assert torch.equal(moved[inside], image[:, :, : 32 - down, -right:])
+    ours, theirs = (backbone(_moved(x, down, right)).flatten(1) for x in (drawn, images))
+    expected = 1 - float(torch.nn.functional.cosine_similarity(ours, theirs).mean())
+    found = term(module.inverter, backbone, {}, features, seeds, images)
+    assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
 class _Latents:

@@ -168,7 +168,7 @@ class DiffusionInverter(nn.Module):
             latents: Cached latents (N, c, h, w), which save the first stage's encoder.
 
         Returns:
-            "loss" (), its parts, and "estimate" (N, c, h, w), the one-step estimate of the clean latents.
+            "loss" (), its parts, the clean "latents" (N, c, h, w) and "estimate" (N, c, h, w), their one-step estimate.
         """
         if latents is None:
             with torch.no_grad():
@@ -196,7 +196,7 @@ class DiffusionInverter(nn.Module):
                 "loss": losses["loss"] + self.regression_weight * regression,
                 "regression": regression.detach(),
             }
-        losses["timesteps"] = timesteps
+        losses |= {"timesteps": timesteps, "latents": latents}
         return losses
 
 

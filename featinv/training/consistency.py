@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,14 +19,20 @@ class Consistency(Protocol):
     weight: float
 
     def __call__(
-        self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
+        self,
+        inverter: Any,
+        backbone: Backbone,
+        losses: dict[str, Tensor],
+        features: Tensor,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
     ) -> Tensor:
-        """Return 1 - cosine, averaged over the rows that were judged."""
+        """Return 1 - cosine, averaged over the rows that were judged; `images` (N, 3, H, W) if they are at hand."""
         ...
 
 
-def _distance(inverter: Any, backbone: Backbone, latents: Tensor, features: Tensor, last_weight: float = 0.0) -> Tensor:
-    drawn = backbone(inverter.prior.first_stage.decode(latents.float()))
+def _distance(backbone: Backbone, images: Tensor, features: Tensor, last_weight: float = 0.0) -> Tensor:
+    drawn = backbone(images)
     distance = _one_minus_cosine(drawn, features)
     if last_weight:
         with torch.no_grad():
@@ -36,6 +43,13 @@ def _distance(inverter: Any, backbone: Backbone, latents: Tensor, features: Tens
 
 def _one_minus_cosine(features: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.flatten(1), target.flatten(1)).mean()
+
+
+def _moved(images: Tensor, down: int, right: int) -> Tensor:
+    """Images moved by whole pixels, mirrored at the edges."""
+    margin, (height, width) = max(abs(down), abs(right)), images.shape[2:]
+    padded = F.pad(images, (margin,) * 4, mode="reflect")
+    return padded[:, :, margin - down : margin - down + height, margin - right : margin - right + width]
 
 
 class EstimateConsistency:
@@ -51,7 +65,13 @@ class EstimateConsistency:
         self.weight, self.rows, self.max_timestep = weight, rows, max_timestep
 
     def __call__(
-        self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
+        self,
+        inverter: Any,
+        backbone: Backbone,
+        losses: dict[str, Tensor],
+        features: Tensor,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
     ) -> Tensor:
         """Return 1 - cosine of the decoded estimates; 0 if every row is too noisy."""
         timesteps, estimate = losses["timesteps"], losses["estimate"]
@@ -60,7 +80,7 @@ class EstimateConsistency:
         rows = rows[timesteps[rows] <= limit]
         if not len(rows):
             return estimate.sum() * 0.0
-        return _distance(inverter, backbone, estimate[rows], features[rows])
+        return _distance(backbone, inverter.prior.first_stage.decode(estimate[rows].float()), features[rows])
 
 
 class SampleConsistency:
@@ -75,6 +95,9 @@ class SampleConsistency:
         num_inference_steps: Sampling steps; None takes the inverter's own.
         last_weight: Of the same distance in the network's last map, beside that of an earlier layer. What the last map
             sees is decided by small parts of an earlier one.
+        jitter: On every other step (drawn), both the drawn picture and the original are moved by up to so many pixels
+            before they are judged. A network samples its maps on a grid, and grain that is fixed to that grid can
+            please it; moved, it cannot. (Jitter as in activation maximisation, Olah et al. 2017.)
     """
 
     def __init__(
@@ -84,16 +107,37 @@ class SampleConsistency:
         grad_steps: int = 1,
         num_inference_steps: int | None = None,
         last_weight: float = 0.0,
+        jitter: int = 0,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
-        self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
+        self.num_inference_steps, self.last_weight, self.jitter = num_inference_steps, last_weight, jitter
 
     def __call__(
-        self, inverter: Any, backbone: Backbone, losses: dict[str, Tensor], features: Tensor, seeds: Sequence[int]
+        self,
+        inverter: Any,
+        backbone: Backbone,
+        losses: dict[str, Tensor],
+        features: Tensor,
+        seeds: Sequence[int],
+        images: Tensor | None = None,
     ) -> Tensor:
         """Return 1 - cosine of the drawn pictures, and `last_weight` times that in the last map."""
         features, seeds = features[: self.rows], seeds[: self.rows]
         latents = inverter.draw(
             features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
         )
-        return _distance(inverter, backbone, latents, features, self.last_weight)
+        first_stage = inverter.prior.first_stage
+        drawn = first_stage.decode(latents.float())
+        if self.jitter and (shift := self._shift(seeds[0])) != (0, 0):
+            with torch.no_grad():
+                original = first_stage.decode(losses["latents"]) if images is None else images
+                features = backbone(_moved(original[: self.rows], *shift)).float()
+            drawn = _moved(drawn, *shift)
+        return _distance(backbone, drawn, features, self.last_weight)
+
+    def _shift(self, seed: int) -> tuple[int, int]:
+        """(down, right) of one step in pixels; none on every other step."""
+        rng = random.Random(seed)
+        if rng.random() < 0.5:
+            return 0, 0
+        return rng.randint(-self.jitter, self.jitter), rng.randint(-self.jitter, self.jitter)

@@ -116,7 +116,7 @@ class InversionModule(pl.LightningModule):
         )
         loss = losses["loss"]
         if self.consistency is not None and self.global_step >= self.consistency_from:
-            distance = self.consistency(self.inverter, self.backbone, losses, features, seeds)
+            distance = self.consistency(self.inverter, self.backbone, losses, features, seeds, batch.get("image"))
             loss = loss + self.consistency.weight * distance
             self.log("train/consistency", distance.detach())
         scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
