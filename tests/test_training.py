@@ -146,6 +146,20 @@ def test_consistency_in_the_last_map_adds_its_own_distance() -> None:
     assert float(term(module.inverter, early, {}, features, [1, 2, 3])) == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_first_steps_may_train_the_estimate_alone(backbone) -> None:
+    module = _module(backbone, estimate_steps=1)
+    batch = {"latents": torch.randn(2, 4, 4, 4), "features": torch.rand(2, 512, 2, 2)}
+    loss = module.training_step(batch, 0)
+    expected = (module.inverter.encoder(batch["features"])[1] - batch["latents"]).square().mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()))
+    loss.backward()
+    assert module.inverter.encoder.latents_head.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in module.inverter.branch.parameters())
+    module.estimate_steps = 0
+    module.training_step(batch, 0).backward()
+    assert any(p.grad is not None for p in module.inverter.branch.parameters())
+
+
 def test_jitter_judges_both_pictures_moved_alike() -> None:
     backbone = load_backbone("resnet18", layer="layer1", pretrained=False, input_size=32)
     module, images = _module(backbone), torch.rand(3, 3, 32, 32)

@@ -151,6 +151,21 @@ class DiffusionInverter(nn.Module):
             raise UserError(f"{type(self.encoder).__name__} has no regression estimate of the latents.")
         return self.prior.first_stage.decode(latents)
 
+    def estimate_losses(self, images: Tensor, features: Tensor, *, latents: Tensor | None = None) -> dict[str, Tensor]:
+        """The encoder's regression loss alone, arguments as of `training_losses`; returns "loss" () and "regression".
+
+        Raises:
+            UserError: If the encoder estimates no latents.
+        """
+        regressed = self.encoder(features)[1]
+        if regressed is None:
+            raise UserError(f"{type(self.encoder).__name__} has no regression estimate of the latents.")
+        if latents is None:
+            with torch.no_grad():
+                latents = self.prior.first_stage.encode(images)
+        loss = (regressed.float() - latents).square().mean()
+        return {"loss": loss, "regression": loss.detach()}
+
     def training_losses(
         self,
         images: Tensor,

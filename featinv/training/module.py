@@ -17,6 +17,7 @@ from featinv.errors import UserError
 from featinv.files import save_safetensors
 from featinv.image import seeded_noise
 from featinv.inverters.base import TrainableInverter
+from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA, match_layout
 from featinv.training.sharding import gathered, placed_as, shard, unshard
@@ -43,6 +44,8 @@ class InversionModule(pl.LightningModule):
             tolerates edited features).
         mask_positions: Probability that a map loses positions (`FeatureMasking`); 0 masks none.
         mask_channels: Probability that a map loses channels.
+        estimate_steps: Optimizer steps at the start in which the encoder learns its estimate of the latents alone. They
+            cost a fifth of the others, which look through a frozen UNet for what regression finds first.
         consistency: A term of `featinv.training.consistency`, or None.
         consistency_from: The optimizer step from which it counts: before the pictures are about right, it only costs.
         max_grad_norm: Gradient clipping.
@@ -62,6 +65,7 @@ class InversionModule(pl.LightningModule):
         feature_noise: float = 0.0,
         mask_positions: float = 0.0,
         mask_channels: float = 0.0,
+        estimate_steps: int = 0,
         consistency: Consistency | None = None,
         consistency_from: int = 0,
         max_grad_norm: float = 1.0,
@@ -74,6 +78,7 @@ class InversionModule(pl.LightningModule):
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
         self.feature_noise = feature_noise
+        self.estimate_steps = estimate_steps
         self.consistency, self.consistency_from = consistency, consistency_from
         self.masking = FeatureMasking(mask_positions, mask_channels)
         if not self._trained():
@@ -111,11 +116,14 @@ class InversionModule(pl.LightningModule):
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
         features = self.features_of(batch)
         seeds = self._row_seeds(batch_idx, len(features))
-        losses = self.inverter.training_losses(
-            batch.get("image"), self._given(features, seeds), seeds=seeds, latents=batch.get("latents")
-        )
+        if estimating := self.global_step < self.estimate_steps:
+            losses = self._estimate_losses(batch, self._given(features, seeds))
+        else:
+            losses = self.inverter.training_losses(
+                batch.get("image"), self._given(features, seeds), seeds=seeds, latents=batch.get("latents")
+            )
         loss = losses["loss"]
-        if self.consistency is not None and self.global_step >= self.consistency_from:
+        if self.consistency is not None and not estimating and self.global_step >= self.consistency_from:
             distance = self.consistency(self.inverter, self.backbone, losses, features, seeds, batch.get("image"))
             loss = loss + self.consistency.weight * distance
             self.log("train/consistency", distance.detach())
@@ -125,6 +133,14 @@ class InversionModule(pl.LightningModule):
         if not math.isfinite(float(loss.detach())):
             self._stop(batch, features, seeds, float(loss.detach()))
         return loss
+
+    def _estimate_losses(self, batch: dict[str, Any], features: Tensor) -> dict[str, Tensor]:
+        if not isinstance(self.inverter, DiffusionInverter):
+            raise UserError(f"{type(self.inverter).__name__} estimates no latents; leave estimate_steps at 0.")
+        losses = self.inverter.estimate_losses(batch.get("image"), features, latents=batch.get("latents"))
+        if self._trainer is not None and self.trainer.world_size > 1:  # several processes wait for every gradient
+            losses["loss"] = losses["loss"] + 0.0 * sum(p.sum() for p in self.inverter.trainable_parameters())
+        return losses
 
     def _stop(self, batch: dict[str, Any], features: Tensor, seeds: list[int], loss: float) -> None:
         """End the run at a loss that is not finite, and keep the batch that made it."""
