@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_prior
+from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
 
 from featinv.backbones import load_backbone
@@ -16,6 +16,7 @@ from featinv.training.module import InversionModule
 from featinv.training.prior_modules import PriorModule
 from featinv.training.rows import keep_config
 from featinv.training.runner import fit, last_checkpoint
+from featinv.training.teacher import EmbeddingTeacher
 
 
 def _module(backbone, max_steps: int = 6, **settings) -> InversionModule:
@@ -158,6 +159,28 @@ def test_the_first_steps_may_train_the_estimate_alone(backbone) -> None:
     module.estimate_steps = 0
     module.training_step(batch, 0).backward()
     assert any(p.grad is not None for p in module.inverter.branch.parameters())
+
+
+def test_a_teacher_gives_the_embedding_of_its_own_layer(tmp_path, backbone) -> None:
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    taught = save_tiny(tmp_path / "run" / "inverter.safetensors", tiny_config(tmp_path / "prior"), backbone)
+    teacher, images = EmbeddingTeacher(tmp_path / "run"), torch.rand(2, 3, 32, 32)
+    teacher.backbone = backbone  # its own has other random weights
+    wanted = taught.encoder(backbone(images))[0]
+    torch.testing.assert_close(teacher(images), wanted, atol=1e-4, rtol=1e-3)
+    module = _module(backbone, estimate_steps=1, teacher=teacher)
+    batch = {"image": images, "features": backbone(images), "latents": torch.randn(2, 4, 4, 4)}
+    module.inverter.encoder.load_state_dict(taught.encoder.state_dict())
+    alone = _module(backbone, estimate_steps=1)
+    alone.inverter.encoder.load_state_dict(taught.encoder.state_dict())
+    assert float(module.training_step(batch, 0)) == pytest.approx(float(alone.training_step(batch, 0)), abs=1e-4)
+    with torch.no_grad():
+        module.inverter.encoder.embedding_head.weight.mul_(0)
+        module.inverter.encoder.embedding_head.bias.zero_()
+    error = float(wanted.square().mean() / wanted.var())
+    assert float(module.training_step(batch, 0) - alone.training_step(batch, 0)) == pytest.approx(error, rel=1e-2)
+    with pytest.raises(UserError, match="cache=false"):
+        module.training_step({k: v for k, v in batch.items() if k != "image"}, 0)
 
 
 def test_jitter_judges_both_pictures_moved_alike() -> None:

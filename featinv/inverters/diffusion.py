@@ -151,20 +151,36 @@ class DiffusionInverter(nn.Module):
             raise UserError(f"{type(self.encoder).__name__} has no regression estimate of the latents.")
         return self.prior.first_stage.decode(latents)
 
-    def estimate_losses(self, images: Tensor, features: Tensor, *, latents: Tensor | None = None) -> dict[str, Tensor]:
-        """The encoder's regression loss alone, arguments as of `training_losses`; returns "loss" () and "regression".
+    def estimate_losses(
+        self, images: Tensor | None, features: Tensor, *, latents: Tensor | None = None, embedding: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The encoder's losses alone.
+
+        Args:
+            images: As of `training_losses`.
+            features: As of `training_losses`.
+            latents: As of `training_losses`.
+            embedding: What the embedding (N, C0, h, w) should be, if that is known.
+
+        Returns:
+            "loss" (), "regression" of the latents and, in units of its variance, of the "embedding".
 
         Raises:
             UserError: If the encoder estimates no latents.
         """
-        regressed = self.encoder(features)[1]
+        found, regressed = self.encoder(features)
         if regressed is None:
             raise UserError(f"{type(self.encoder).__name__} has no regression estimate of the latents.")
         if latents is None:
+            assert images is not None
             with torch.no_grad():
                 latents = self.prior.first_stage.encode(images)
         loss = (regressed.float() - latents).square().mean()
-        return {"loss": loss, "regression": loss.detach()}
+        losses = {"loss": loss, "regression": loss.detach()}
+        if embedding is not None:
+            error = (found.float() - embedding).square().mean() / embedding.var()
+            losses |= {"loss": loss + error, "embedding": error.detach()}
+        return losses
 
     def training_losses(
         self,

@@ -21,6 +21,7 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA, match_layout
 from featinv.training.sharding import gathered, placed_as, shard, unshard
+from featinv.training.teacher import EmbeddingTeacher
 
 
 def sample_seeds(seed: int, step: int, rows: int) -> list[int]:
@@ -46,6 +47,8 @@ class InversionModule(pl.LightningModule):
         mask_channels: Probability that a map loses channels.
         estimate_steps: Optimizer steps at the start in which the encoder learns its estimate of the latents alone. They
             cost a fifth of the others, which look through a frozen UNet for what regression finds first.
+        teacher: In these steps the embedding is learned too: it should be this one's (`EmbeddingTeacher`), which needs
+            images, so `training.cache=false`.
         consistency: A term of `featinv.training.consistency`, or None.
         consistency_from: The optimizer step from which it counts: before the pictures are about right, it only costs.
         max_grad_norm: Gradient clipping.
@@ -66,6 +69,7 @@ class InversionModule(pl.LightningModule):
         mask_positions: float = 0.0,
         mask_channels: float = 0.0,
         estimate_steps: int = 0,
+        teacher: EmbeddingTeacher | None = None,
         consistency: Consistency | None = None,
         consistency_from: int = 0,
         max_grad_norm: float = 1.0,
@@ -78,7 +82,7 @@ class InversionModule(pl.LightningModule):
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
         self.feature_noise = feature_noise
-        self.estimate_steps = estimate_steps
+        self.estimate_steps, self.teacher = estimate_steps, teacher
         self.consistency, self.consistency_from = consistency, consistency_from
         self.masking = FeatureMasking(mask_positions, mask_channels)
         if not self._trained():
@@ -137,7 +141,11 @@ class InversionModule(pl.LightningModule):
     def _estimate_losses(self, batch: dict[str, Any], features: Tensor) -> dict[str, Tensor]:
         if not isinstance(self.inverter, DiffusionInverter):
             raise UserError(f"{type(self.inverter).__name__} estimates no latents; leave estimate_steps at 0.")
-        losses = self.inverter.estimate_losses(batch.get("image"), features, latents=batch.get("latents"))
+        images, latents = batch.get("image"), batch.get("latents")
+        if self.teacher is not None and images is None:
+            raise UserError("a teacher looks at images, and the cache holds none; set training.cache=false.")
+        wanted = self.teacher(images) if self.teacher is not None and images is not None else None
+        losses = self.inverter.estimate_losses(images, features, latents=latents, embedding=wanted)
         if self._trainer is not None and self.trainer.world_size > 1:  # several processes wait for every gradient
             losses["loss"] = losses["loss"] + 0.0 * sum(p.sum() for p in self.inverter.trainable_parameters())
         return losses
