@@ -13,6 +13,7 @@ from PIL import Image
 from eval.benchmark import Setting, chosen_data, has_class_labels
 from featinv.config import CONFIG_ROOT, instantiate, load_config
 from featinv.data.folders import ilsvrc_synsets
+from featinv.diffusion.prior import load_prior
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 EXPERIMENTS = ("photos64", "photos64_early", "photos64_mobilenetv2", "photos64_pooled", "photos64_upconv")
@@ -24,12 +25,16 @@ def test_an_experiment_on_photographs_is_that_on_scenes_with_other_data_and_prio
     monkeypatch.setenv("PHOTOS_ROOT", "photos")
     config = load_config(name)
     on_scenes = name.replace("photos64", "scenes64").removesuffix("_mobilenetv2")
-    expected = OmegaConf.merge(load_config(on_scenes), {"prior": "runs/prior_photos64/prior"})
+    expected = OmegaConf.merge(load_config(on_scenes), {"prior": "photos64"})
     expected.data = config.data
     if name.endswith("mobilenetv2"):
         expected.backbone.params.name = "mobilenetv2"
+    if config.training.start is not None:  # branches go on from another one: other schedules, a narrower new encoder
+        assert config.training.start.split("/")[0] in ("scenes64", "photos64")
+        expected.training, expected.conditioning.params = config.training, config.conditioning.params
     assert OmegaConf.to_container(config, resolve=True) == OmegaConf.to_container(expected, resolve=True)
     assert config.data.params.val.params.urls == "photos/val-*.tar*"
+    assert load_prior(config.prior).size == config.data.params.val.params.size == 64
 
 
 def centre(image: Image.Image, size: int) -> np.ndarray:
