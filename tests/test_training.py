@@ -198,10 +198,15 @@ def test_jitter_judges_both_pictures_moved_alike() -> None:
     for image in (drawn, images):  # moved: what was at (y, x) is at (y + down, x + right)
         moved = _moved(image, down, right)
         assert torch.equal(moved[inside], image[:, :, : 32 - down, -right:])
-    ours, theirs = (backbone(_moved(x, down, right)).flatten(1) for x in (drawn, images))
-    expected = 1 - float(torch.nn.functional.cosine_similarity(ours, theirs).mean())
+    judged = [torch.cat([_moved(x[i : i + 1], *shifts[s]) for i, s in enumerate(seeds)]) for x in (drawn, images)]
+    cosine = torch.nn.functional.cosine_similarity(*(backbone(x).flatten(1) for x in judged))
     found = term(module.inverter, backbone, {}, features, seeds, images)
-    assert float(found) == pytest.approx(expected, abs=1e-4)
+    assert float(found) == pytest.approx(1 - float(cosine.mean()), abs=1e-4)
+    alone = [
+        float(term(module.inverter, backbone, {}, features[i : i + 1], [s], images[i : i + 1]))
+        for i, s in enumerate(seeds)
+    ]
+    assert float(found) == pytest.approx(sum(alone) / 3, abs=1e-4)  # no picture's move depends on its neighbours
 
 
 class _Latents:

@@ -78,7 +78,7 @@ def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
     first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
     start = load_prior(config.start).first_stage if config.get("start") else None
     if start is not None:
-        take_over(first_stage.vae, start.vae, "first_stage.vae")
+        copy_weights(first_stage.vae, start.vae, "first_stage.vae")
     if first_stage.shortcut is not None and start is not None and start.shortcut is not None:
         with torch.no_grad():
             latents = torch.cat([start.distribution(part).mean for part in images.split(64)])
@@ -88,7 +88,7 @@ def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
     return first_stage
 
 
-def take_over(part: nn.Module, other: nn.Module, name: str) -> None:
+def copy_weights(part: nn.Module, other: nn.Module, name: str) -> None:
     """Copy the weights of `other`, a network of the same shape, into `part`; otherwise raise UserError."""
     own, given = part.state_dict(), other.state_dict()
     if differing := [key for key in own if key not in given or own[key].shape != given[key].shape]:
@@ -123,7 +123,7 @@ def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImag
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**_plain(config.unet.config))
     if config.get("start"):
-        take_over(unet, load_prior(config.start).unet, "unet")
+        copy_weights(unet, load_prior(config.start).unet, "unet")
     # Scenes have no captions: one token of zeros stands for every prompt.
     text = {name: torch.zeros(1, 1, unet.config.cross_attention_dim) for name in ("prompt", "null")}
     scheduler = DDPMScheduler(**_plain(config.unet.scheduler))

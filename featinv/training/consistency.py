@@ -95,9 +95,9 @@ class SampleConsistency:
         num_inference_steps: Sampling steps; None takes the inverter's own.
         last_weight: Of the same distance in the network's last map, beside that of an earlier layer. What the last map
             sees is decided by small parts of an earlier one.
-        jitter: On every other step (drawn), both the drawn picture and the original are moved by up to so many pixels
-            before they are judged. A network samples its maps on a grid, and grain that is fixed to that grid can
-            please it; moved, it cannot. (Jitter as in activation maximisation, Olah et al. 2017.)
+        jitter: Every other picture, by its seed, and its original are moved by up to so many pixels before they are judged.
+            A network samples its maps on a grid, and grain that is fixed to that grid can please it; moved, it cannot.
+            (Jitter as in activation maximisation, Olah et al. 2017.)
     """
 
     def __init__(
@@ -128,16 +128,22 @@ class SampleConsistency:
         )
         first_stage = inverter.prior.first_stage
         drawn = first_stage.decode(latents.float())
-        if self.jitter and (shift := self._shift(seeds[0])) != (0, 0):
+        shifts = {row: shift for row, seed in enumerate(seeds) if (shift := self._shift(seed)) != (0, 0)}
+        if shifts:
+            rows = list(shifts)
             with torch.no_grad():
-                original = first_stage.decode(losses["latents"]) if images is None else images
-                features = backbone(_moved(original[: self.rows], *shift)).float()
-            drawn = _moved(drawn, *shift)
+                original = first_stage.decode(losses["latents"][rows]) if images is None else images[rows]
+                moved = [_moved(image, *shifts[row]) for row, image in zip(rows, original.split(1), strict=True)]
+                features = features.index_copy(
+                    0, torch.tensor(rows, device=features.device), backbone(torch.cat(moved)).float()
+                )
+            parts = enumerate(drawn.split(1))
+            drawn = torch.cat([_moved(part, *shifts[row]) if row in shifts else part for row, part in parts])
         return _distance(backbone, drawn, features, self.last_weight)
 
     def _shift(self, seed: int) -> tuple[int, int]:
-        """(down, right) of one step in pixels; none on every other step."""
+        """(down, right) of one picture in pixels; none for every other one."""
         rng = random.Random(seed)
-        if rng.random() < 0.5:
+        if not self.jitter or rng.random() < 0.5:
             return 0, 0
         return rng.randint(-self.jitter, self.jitter), rng.randint(-self.jitter, self.jitter)
