@@ -52,6 +52,10 @@ def _moved(images: Tensor, down: int, right: int) -> Tensor:
     return padded[:, :, margin - down : margin - down + height, margin - right : margin - right + width]
 
 
+def _moved_each(images: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
+    return torch.cat([_moved(image, *shift) for image, shift in zip(images.split(1), shifts, strict=True)])
+
+
 class EstimateConsistency:
     """Judge the one-step estimate of the clean latents (the reward of ControlNet++, arXiv 2404.07987, section 3.2).
 
@@ -95,9 +99,9 @@ class SampleConsistency:
         num_inference_steps: Sampling steps; None takes the inverter's own.
         last_weight: Of the same distance in the network's last map, beside that of an earlier layer. What the last map
             sees is decided by small parts of an earlier one.
-        jitter: Every other picture, by its seed, and its original are moved by up to so many pixels before they are judged.
-            A network samples its maps on a grid, and grain that is fixed to that grid can please it; moved, it cannot.
-            (Jitter as in activation maximisation, Olah et al. 2017.)
+        jitter: Every other picture and its original are moved by up to so many pixels, before they are judged. A network
+            samples its maps on a grid, and grain that is fixed to that grid can please it; moved, it cannot. (Jitter as
+            in activation maximisation, Olah et al. 2017.)
     """
 
     def __init__(
@@ -129,16 +133,13 @@ class SampleConsistency:
         first_stage = inverter.prior.first_stage
         drawn = first_stage.decode(latents.float())
         shifts = {row: shift for row, seed in enumerate(seeds) if (shift := self._shift(seed)) != (0, 0)}
-        if shifts:
-            rows = list(shifts)
+        if rows := list(shifts):
             with torch.no_grad():
                 original = first_stage.decode(losses["latents"][rows]) if images is None else images[rows]
-                moved = [_moved(image, *shifts[row]) for row, image in zip(rows, original.split(1), strict=True)]
-                features = features.index_copy(
-                    0, torch.tensor(rows, device=features.device), backbone(torch.cat(moved)).float()
-                )
-            parts = enumerate(drawn.split(1))
-            drawn = torch.cat([_moved(part, *shifts[row]) if row in shifts else part for row, part in parts])
+                target = backbone(_moved_each(original, list(shifts.values()))).float()
+            features = features.clone()
+            features[rows] = target
+            drawn = _moved_each(drawn, [self._shift(seed) for seed in seeds])
         return _distance(backbone, drawn, features, self.last_weight)
 
     def _shift(self, seed: int) -> tuple[int, int]:
