@@ -99,9 +99,9 @@ class SampleConsistency:
         num_inference_steps: Sampling steps; None takes the inverter's own.
         last_weight: Of the same distance in the network's last map, beside that of an earlier layer. What the last map
             sees is decided by small parts of an earlier one.
-        jitter: Every other picture and its original are moved by up to so many pixels, before they are judged. A network
-            samples its maps on a grid, and grain that is fixed to that grid can please it; moved, it cannot. (Jitter as
-            in activation maximisation, Olah et al. 2017.)
+        jitter: Every other picture and its original are moved by up to so many pixels before they are judged. A
+            network samples its maps on a grid, and grain that is fixed to that grid can please it; moved, it cannot.
+            (Jitter as in activation maximisation, Olah et al. 2017.)
     """
 
     def __init__(
