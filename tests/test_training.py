@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import save_tiny, tiny_config, tiny_prior
@@ -11,7 +13,7 @@ from featinv.errors import UserError
 from featinv.files import load_safetensors
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.cache import build_cache
-from featinv.training.consistency import EstimateConsistency, SampleConsistency, _moved
+from featinv.training.consistency import EstimateConsistency, SampleConsistency, _log_power, _moved
 from featinv.training.module import InversionModule
 from featinv.training.prior_modules import PriorModule
 from featinv.training.rows import keep_config
@@ -196,17 +198,38 @@ def test_jitter_judges_both_pictures_moved_alike() -> None:
     drawn = module.inverter.invert(features, seeds=seeds)
     inside = (slice(None), slice(None), slice(down, None), slice(None, right))
     for image in (drawn, images):  # moved: what was at (y, x) is at (y + down, x + right)
-        moved = _moved(image, down, right)
+        moved = _moved(image, [(down, right)] * 3)
         assert torch.equal(moved[inside], image[:, :, : 32 - down, -right:])
-    judged = [torch.cat([_moved(x[i : i + 1], *shifts[s]) for i, s in enumerate(seeds)]) for x in (drawn, images)]
+    judged = [_moved(x, [shifts[s] for s in seeds]) for x in (drawn, images)]
     cosine = torch.nn.functional.cosine_similarity(*(backbone(x).flatten(1) for x in judged))
-    found = term(module.inverter, backbone, {}, features, seeds, images)
+    found = term(module.inverter, backbone, {"images": images}, features, seeds)
     assert float(found) == pytest.approx(1 - float(cosine.mean()), abs=1e-4)
     alone = [
-        float(term(module.inverter, backbone, {}, features[i : i + 1], [s], images[i : i + 1]))
+        float(term(module.inverter, backbone, {"images": images[i : i + 1]}, features[i : i + 1], [s]))
         for i, s in enumerate(seeds)
     ]
     assert float(found) == pytest.approx(sum(alone) / 3, abs=1e-4)  # no picture's move depends on its neighbours
+
+
+def test_spectra_tell_grain_and_contrast_but_not_places(backbone) -> None:
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    smooth = (0.5 + 0.2 * torch.sin(2 * torch.pi * (x + 2 * y) / 32)).expand(1, 3, 32, 32)
+    own = _log_power(smooth)
+    torch.testing.assert_close(_log_power(smooth.roll((3, 5), (2, 3)) + 0.1), own, atol=1e-3, rtol=1e-3)
+    grain = 0.1 * torch.cos(2 * torch.pi * x / 4)  # one frequency, 8 of 32: its band is the third to the right
+    rise = _log_power(smooth + grain) - own
+    assert rise[0, 0, 0, 2] > 3 and rise.flatten(2).sum(2).allclose(rise[..., 0, 2], atol=0.01)
+    half = _log_power((smooth - 0.5) / 2)  # a quarter of the power in the band that holds it
+    assert float((own - half).max()) == pytest.approx(math.log(4), abs=0.01)
+    module, images = _module(backbone), torch.rand(2, 3, 32, 32)
+    features, losses = backbone(images), {"images": images}
+    drawn = module.inverter.invert(features, seeds=[1, 2])
+    plain, with_spectra = (
+        float(SampleConsistency(spectrum_weight=weight)(module.inverter, backbone, losses, features, [1, 2]))
+        for weight in (0.0, 0.5)
+    )
+    expected = 0.5 * float((_log_power(drawn) - _log_power(images)).square().mean())
+    assert with_spectra - plain == pytest.approx(expected, rel=1e-4)
 
 
 class _Latents:

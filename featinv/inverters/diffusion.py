@@ -184,7 +184,7 @@ class DiffusionInverter(nn.Module):
 
     def training_losses(
         self,
-        images: Tensor,
+        images: Tensor | None,
         features: Tensor,
         *,
         seeds: Sequence[int],
@@ -199,9 +199,11 @@ class DiffusionInverter(nn.Module):
             latents: Cached latents (N, c, h, w), which save the first stage's encoder.
 
         Returns:
-            "loss" (), its parts, the clean "latents" (N, c, h, w) and "estimate" (N, c, h, w), their one-step estimate.
+            "loss" (), its parts, the clean "latents" (N, c, h, w), their one-step "estimate" (N, c, h, w) and, where
+            they were given, the "images".
         """
         if latents is None:
+            assert images is not None
             with torch.no_grad():
                 latents = self.prior.first_stage.encode(images)
         noise, timesteps = self.loss.draw(latents, seeds)
@@ -228,7 +230,7 @@ class DiffusionInverter(nn.Module):
                 "regression": regression.detach(),
             }
         losses |= {"timesteps": timesteps, "latents": latents}
-        return losses
+        return losses if images is None else losses | {"images": images}
 
 
 class PosteriorMean:

@@ -25,9 +25,8 @@ class Consistency(Protocol):
         losses: dict[str, Tensor],
         features: Tensor,
         seeds: Sequence[int],
-        images: Tensor | None = None,
     ) -> Tensor:
-        """Return 1 - cosine, averaged over the rows that were judged; `images` (N, 3, H, W) if they are at hand."""
+        """Return 1 - cosine, averaged over the rows that were judged; `losses` are those of `training_losses`."""
         ...
 
 
@@ -45,15 +44,16 @@ def _one_minus_cosine(features: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.flatten(1), target.flatten(1)).mean()
 
 
-def _moved(images: Tensor, down: int, right: int) -> Tensor:
-    """Images moved by whole pixels, mirrored at the edges."""
-    margin, (height, width) = max(abs(down), abs(right)), images.shape[2:]
-    padded = F.pad(images, (margin,) * 4, mode="reflect")
-    return padded[:, :, margin - down : margin - down + height, margin - right : margin - right + width]
+def _moved(images: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
+    """Each image (3, H, W) moved (down, right) by whole pixels, cyclically."""
+    return torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
 
 
-def _moved_each(images: Tensor, shifts: Sequence[tuple[int, int]]) -> Tensor:
-    return torch.cat([_moved(image, *shift) for image, shift in zip(images.split(1), shifts, strict=True)])
+def _log_power(images: Tensor, band: int = 4, least: float = 1e-4) -> Tensor:
+    """Log power spectra (N, 3, H / band, W / 2 / band), averaged over bands of frequencies; `least` hides rounding."""
+    spectrum = torch.fft.rfft2(images - images.mean((2, 3), keepdim=True), norm="ortho")
+    power = spectrum.abs().square()[..., : images.shape[-1] // 2]
+    return (F.avg_pool2d(power, band) + least).log()
 
 
 class EstimateConsistency:
@@ -75,7 +75,6 @@ class EstimateConsistency:
         losses: dict[str, Tensor],
         features: Tensor,
         seeds: Sequence[int],
-        images: Tensor | None = None,
     ) -> Tensor:
         """Return 1 - cosine of the decoded estimates; 0 if every row is too noisy."""
         timesteps, estimate = losses["timesteps"], losses["estimate"]
@@ -102,6 +101,9 @@ class SampleConsistency:
         jitter: Every other picture and its original are moved by up to so many pixels before they are judged. A
             network samples its maps on a grid, and grain that is fixed to that grid can please it; moved, it cannot.
             (Jitter as in activation maximisation, Olah et al. 2017.)
+        spectrum_weight: Of the squared distance between the log power spectra of picture and original: textures that
+            the network overlooks should be as strong as the original's, and nothing regular should stand out. (Durall
+            et al. 2020, arXiv 2003.01826, with bands instead of circles, in which a grid's peak would not show.)
     """
 
     def __init__(
@@ -112,9 +114,11 @@ class SampleConsistency:
         num_inference_steps: int | None = None,
         last_weight: float = 0.0,
         jitter: int = 0,
+        spectrum_weight: float = 0.0,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
-        self.num_inference_steps, self.last_weight, self.jitter = num_inference_steps, last_weight, jitter
+        self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
+        self.jitter, self.spectrum_weight = jitter, spectrum_weight
 
     def __call__(
         self,
@@ -123,24 +127,33 @@ class SampleConsistency:
         losses: dict[str, Tensor],
         features: Tensor,
         seeds: Sequence[int],
-        images: Tensor | None = None,
     ) -> Tensor:
-        """Return 1 - cosine of the drawn pictures, and `last_weight` times that in the last map."""
+        """Return 1 - cosine of the drawn pictures, and the weighted parts that were asked for."""
         features, seeds = features[: self.rows], seeds[: self.rows]
         latents = inverter.draw(
             features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
         )
-        first_stage = inverter.prior.first_stage
-        drawn = first_stage.decode(latents.float())
-        shifts = {row: shift for row, seed in enumerate(seeds) if (shift := self._shift(seed)) != (0, 0)}
-        if rows := list(shifts):
+        drawn = inverter.prior.first_stage.decode(latents.float())
+        shifts = [self._shift(seed) for seed in seeds]
+        judged, moved = drawn, [row for row, shift in enumerate(shifts) if any(shift)]
+        originals = self._originals(inverter, losses) if moved or self.spectrum_weight else drawn
+        if moved:
             with torch.no_grad():
-                original = first_stage.decode(losses["latents"][rows]) if images is None else images[rows]
-                target = backbone(_moved_each(original, list(shifts.values()))).float()
-            features = features.clone()
-            features[rows] = target
-            drawn = _moved_each(drawn, [self._shift(seed) for seed in seeds])
-        return _distance(backbone, drawn, features, self.last_weight)
+                target = backbone(_moved(originals[moved], [shifts[row] for row in moved])).float()
+            features = features.index_copy(0, torch.tensor(moved, device=features.device), target)
+            judged = _moved(drawn, shifts)
+        distance = _distance(backbone, judged, features, self.last_weight)
+        if self.spectrum_weight:
+            difference = _log_power(drawn) - _log_power(originals)
+            distance = distance + self.spectrum_weight * difference.square().mean()
+        return distance
+
+    def _originals(self, inverter: Any, losses: dict[str, Tensor]) -> Tensor:
+        """The pictures themselves (N, 3, H, W), or what the first stage makes of their latents."""
+        if "images" in losses:
+            return losses["images"][: self.rows]
+        with torch.no_grad():
+            return inverter.prior.first_stage.decode(losses["latents"][: self.rows])
 
     def _shift(self, seed: int) -> tuple[int, int]:
         """(down, right) of one picture in pixels; none for every other one."""

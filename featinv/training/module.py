@@ -128,7 +128,7 @@ class InversionModule(pl.LightningModule):
             )
         loss = losses["loss"]
         if self.consistency is not None and not estimating and self.global_step >= self.consistency_from:
-            distance = self.consistency(self.inverter, self.backbone, losses, features, seeds, batch.get("image"))
+            distance = self.consistency(self.inverter, self.backbone, losses, features, seeds)
             loss = loss + self.consistency.weight * distance
             self.log("train/consistency", distance.detach())
         scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
