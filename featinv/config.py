@@ -109,11 +109,12 @@ def _override(config: DictConfig, key: str, value: str) -> None:
 
 
 def differences(before: DictConfig, now: DictConfig) -> list[str]:
-    """Leaves in which two configurations differ, as "key: before -> now"."""
+    """Leaves in which two configurations differ, as "key: before -> now"; a key that is null may be left out."""
     missing = "(absent)"
     keys = dict.fromkeys([*all_keys(before), *all_keys(now)])
     pairs = {key: [OmegaConf.select(c, key, default=missing) for c in (before, now)] for key in keys}
-    return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
+    nothing = ([missing, None], [None, missing])
+    return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new and [old, new] not in nothing]
 
 
 def all_keys(config: DictConfig, prefix: str = "") -> list[str]:

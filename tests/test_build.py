@@ -56,6 +56,55 @@ def test_a_start_of_which_nothing_fits_is_refused(tmp_path, config, backbone) ->
         take_over(build_inverter(config, backbone.spec), tmp_path / "other.safetensors")
 
 
+@pytest.fixture
+def borrowing(tmp_path, config, backbone):
+    """Configuration of an inverter with another encoder and the branch of the one in tmp_path/lender."""
+    save_tiny(tmp_path / "lender" / "inverter.safetensors", config, backbone)
+    other = OmegaConf.merge(config, {"branch_of": str(tmp_path / "lender")})
+    other.conditioning.params.hidden = 32
+    return other
+
+
+def test_a_borrowed_branch_is_neither_trained_nor_saved(tmp_path, borrowing, backbone) -> None:
+    inverter = save_tiny(tmp_path / "run" / "inverter.safetensors", borrowing, backbone)
+    assert all(
+        key.startswith("encoder.") for key in load_checkpoint(tmp_path / "run/inverter.safetensors")["state_dict"]
+    )
+    lender = load_inverter(tmp_path / "lender")
+    for key, value in lender.trainable_state().items():
+        assert key.startswith("encoder.") or torch.equal(inverter.state_dict()[key], value)
+
+    features = backbone(torch.rand(2, 3, 32, 32))
+    again = load_inverter(tmp_path / "run")
+    assert (again.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])).abs().max() < 1e-5
+    lender.encoder = inverter.encoder  # the rest is the lender's
+    assert (lender.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])).abs().max() < 1e-5
+
+    fresh = build_inverter(borrowing, backbone.spec)
+    fresh.training_losses(None, features, seeds=[1, 2], latents=torch.randn(2, 4, 4, 4))["loss"].backward()
+    trained = {name for name, p in fresh.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained and all(name.startswith("encoder.") for name in trained)
+    assert {id(p) for p in fresh.trainable_parameters()} == {id(p) for p in fresh.encoder.parameters()}
+
+
+def test_a_branch_that_has_changed_or_does_not_fit_is_refused(tmp_path, config, borrowing, backbone) -> None:
+    save_tiny(tmp_path / "run" / "inverter.safetensors", borrowing, backbone)
+    twice = OmegaConf.merge(borrowing, {"branch_of": str(tmp_path / "run")})
+    with pytest.raises(UserError, match="itself borrowed"):
+        build_inverter(twice, backbone.spec)
+    decoder = OmegaConf.merge(borrowing, {})
+    decoder.inverter = {"target": "featinv.inverters.upconv.UpconvInverter", "params": {"size": 32}}
+    with pytest.raises(UserError, match="has no branch"):
+        build_inverter(decoder, backbone.spec)
+    torch.manual_seed(9)
+    save_tiny(tmp_path / "lender" / "inverter.safetensors", config, backbone)  # trained again
+    with pytest.raises(UserError, match="trained with another branch"):
+        load_inverter(tmp_path / "run")
+    tiny_prior().save_pretrained(config.prior)
+    with pytest.raises(UserError, match="another prior"):
+        build_inverter(borrowing, backbone.spec)
+
+
 def test_another_prior_is_refused(tmp_path, config, backbone) -> None:
     save_tiny(tmp_path / "a.safetensors", config, backbone)
     torch.manual_seed(9)

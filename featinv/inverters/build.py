@@ -20,6 +20,7 @@ from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter, TrainableInverter
+from featinv.inverters.diffusion import DiffusionInverter
 
 INVERTER_FILE = "inverter.safetensors"
 
@@ -35,10 +36,10 @@ def build_inverter(
 
     What its constructor asks for beyond the YAML is derived: `prior` (if it cannot do without) from config.prior,
     `encoder` from config.conditioning (built for features and latents), `spec`, `backbone`, `dataset` (the training
-    images of config.data), and `size` in pixels.
+    images of config.data), and `size` in pixels. With `config.branch_of` the branch is another inverter's.
 
     Args:
-        config: With `inverter`, and where needed `prior`, `conditioning`, `backbone` and `data`.
+        config: With `inverter`, and where needed `prior`, `conditioning`, `backbone`, `data` and `branch_of`.
         spec: Of the features to invert.
         backbone: Loaded from config.backbone if an inverter needs it and it is not given.
         prior: Loaded from config.prior if not given.
@@ -72,7 +73,24 @@ def build_inverter(
     size = size or (prior.size if prior is not None else None)
     if "size" in wanted and "size" not in given and size is not None:
         derived["size"] = size
-    return instantiate(config.inverter, where="inverter", **derived)
+    inverter = instantiate(config.inverter, where="inverter", **derived)
+    if config.get("branch_of"):
+        _borrow_branch(inverter, config.branch_of)
+    return inverter
+
+
+def _borrow_branch(inverter: Inverter, lender: str) -> None:
+    """Let an inverter look through the branch of another one; see `DiffusionInverter.borrow_branch`."""
+    if not isinstance(inverter, DiffusionInverter):
+        raise UserError(f"branch_of={lender}: {type(inverter).__name__} has no branch.")
+    tree, device = load_checkpoint(find_inverter(lender)), inverter.null_embedding.device
+    known = device.type != "meta"  # a dry run's weights have no values to compare
+    if known and tree.get("featinv", {}).get("prior") != prior_fingerprint(inverter.prior):
+        raise UserError(f"branch_of={lender}: it was trained with another prior.")
+    try:
+        inverter.borrow_branch({key: value.to(device) for key, value in _averaged(tree).items()})
+    except UserError as error:
+        raise UserError(f"branch_of={lender}: {error}") from error
 
 
 def _training_images(config: DictConfig) -> Any:
@@ -110,7 +128,15 @@ def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str
         "config": OmegaConf.to_container(config, resolve=True),
         "spec": dataclasses.asdict(spec),
         "prior": prior_fingerprint(prior) if isinstance(prior, DiffusionPrior) else None,
+        "branch": _borrowed_fingerprint(config, inverter),
     }
+
+
+def _borrowed_fingerprint(config: DictConfig, inverter: Inverter) -> str | None:
+    """Tells whether the lender of a branch has been trained further since."""
+    if not config.get("branch_of") or not isinstance(inverter, DiffusionInverter):
+        return None
+    return fingerprint(*inverter.branch.parameters())
 
 
 def save_inverter(
@@ -209,6 +235,8 @@ def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) 
         raise UserError(
             f"{path} was trained with another prior than {config.prior!r}; retrain it or restore that prior."
         )
+    if described.get("branch") != _borrowed_fingerprint(config, inverter):
+        raise UserError(f"{path} was trained with another branch than that of {config.branch_of!r} now; retrain it.")
     if isinstance(inverter, TrainableInverter):
         _restore(inverter, _averaged(tree), path)
     if isinstance(inverter, torch.nn.Module):

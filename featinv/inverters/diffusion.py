@@ -69,6 +69,7 @@ class DiffusionInverter(nn.Module):
         self.dropout = dropout or ConditionDropout(0.0, 0.0)
         self.loss = DiffusionLoss(prior.scheduler, snr_gamma)
         self.regression_weight = regression_weight
+        self._foreign: tuple[str, ...] = ("prior.",)  # neither trained nor saved with this inverter
 
     @property
     def unet(self) -> ControlledUNet:
@@ -80,12 +81,27 @@ class DiffusionInverter(nn.Module):
         self.encoder.fit(features, latents)  # type: ignore[operator]
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers of everything but the prior: what a checkpoint holds."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("prior.")}
+        """Parameters and buffers of everything but the prior and a borrowed branch: what a checkpoint holds."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(self._foreign)}
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that training changes."""
-        return (p for k, p in self.named_parameters() if not k.startswith("prior.") and p.requires_grad)
+        return (p for k, p in self.named_parameters() if not k.startswith(self._foreign) and p.requires_grad)
+
+    def borrow_branch(self, state: dict[str, Tensor]) -> None:
+        """Take all but the encoder from another inverter's state, and keep it as it is: only the encoder is trained.
+
+        Raises:
+            UserError: If the state is that of another kind of branch.
+        """
+        own = {k: v.shape for k, v in self.trainable_state().items() if not k.startswith("encoder.")}
+        given = {k: v for k, v in state.items() if not k.startswith("encoder.")}
+        if own != {k: v.shape for k, v in given.items()}:
+            raise UserError("its branch is of another kind than this inverter's, or itself borrowed.")
+        self.load_state_dict(given, strict=False)
+        self._foreign = ("prior.", *given)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in given)
 
     def conditions(self, features: Tensor) -> Conditions:
         """Embed features (N, C, H, W) once per image."""
