@@ -9,6 +9,8 @@ reference  the published code's way: features one image at a time, first stage a
 default    ours: latents and features from a cache, the prompts' embeddings kept, bf16 where the hardware has it,
            channels_last, fused AdamW, a weight average; sampling in batches, the embedding once for each image,
            UniPC 10, no guidance
+light      ours with the branch that runs once per image (docs/recipe.md) and in the five sampling steps that
+           `SampleConsistency` trains an inverter for
 
 This is speed alone; how well each samples is the business of eval.benchmark. Weights are random: they change no time.
 """
@@ -19,7 +21,7 @@ import argparse
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +73,17 @@ class Networks:
         return list(range(len(self.images)))
 
 
-def networks(experiment: str, size: str, batch: int, device: torch.device) -> Networks:
+OURS = {
+    "default": (),
+    "light": ("inverter.params.branch=light", "inverter.params.num_inference_steps=5"),
+}
+"""Our ways of working: changes in `experiment=convnext_base`."""
+
+
+def networks(experiment: str, size: str, batch: int, device: torch.device, changes: Sequence[str] = ()) -> Networks:
     """The inverter of an experiment with random weights."""
-    overrides = [] if size != "small" else ["backbone=efficientnet_lite0", "backbone.params.input_size=64"]
-    config = load_config(experiment, overrides)
+    smaller = [] if size != "small" else ["backbone=efficientnet_lite0", "backbone.params.input_size=64"]
+    config = load_config(experiment, [*smaller, *changes])
     backbone = instantiate(without_weights(OmegaConf.to_container(config.backbone)), where="backbone").to(device)  # type: ignore[arg-type]
     inverter = build_inverter(config, backbone.spec, backbone, random_prior(size)).to(device)  # type: ignore[attr-defined]
     images = torch.rand(batch, 3, inverter.size, inverter.size, device=device)
@@ -201,19 +210,22 @@ def measure_reference(size: str, batch: int, repeats: int, steps: int, device: t
     )
 
 
-def measure_default(size: str, batch: int, repeats: int, compiled: bool, device: torch.device) -> tuple[Cost, Cost]:
-    """Training and sampling our way."""
-    nets = networks("convnext_base", size, batch, device)
+def measure_ours(
+    size: str, batch: int, repeats: int, compiled: bool, device: torch.device, changes: Sequence[str]
+) -> tuple[Cost, Cost]:
+    """Training and sampling in one of our ways."""
+    nets = networks("convnext_base", size, batch, device, changes)
     if compiled:
         nets.inverter.prior.unet.compile()
         nets.inverter.branch.compile()
     training = measure(default_training(nets), repeats, device)
     nets.inverter.zero_grad()
+    nets.inverter.requires_grad_(False)  # as a loaded one is
     return training, measure(lambda: default_sampling(nets), repeats, device)
 
 
 def compare(size: str, batch: int, repeats: int, compiled: bool, reference_steps: int) -> dict[str, Figures]:
-    """Measure both ways, one after the other, so that neither's memory counts for the other.
+    """Measure every way, one after the other, so that no way's memory counts for another.
 
     Args:
         size: A key of `ARCHITECTURES`.
@@ -229,13 +241,14 @@ def compare(size: str, batch: int, repeats: int, compiled: bool, reference_steps
         f"peak: {full_peak / 1e12:.3g} TFLOP/s in fp32, {half_peak / 1e12:.3g} in {half}, on {device.type}", flush=True
     )
     training, sampling = measure_reference(size, batch, repeats, reference_steps, device)
-    gc.collect()
-    ours, drawn = measure_default(size, batch, repeats, compiled, device)
-    return {
-        "reference training": training.figures(batch, full_peak),
-        "default training": ours.figures(batch, half_peak),
-        "reference sampling": sampling.figures(1, full_peak),
-        "default sampling": drawn.figures(batch, half_peak),
+    trainings = {"reference": training.figures(batch, full_peak)}
+    samplings = {"reference": sampling.figures(1, full_peak)}
+    for name, changes in OURS.items():
+        gc.collect()
+        training, sampling = measure_ours(size, batch, repeats, compiled, device, changes)
+        trainings[name], samplings[name] = training.figures(batch, half_peak), sampling.figures(batch, half_peak)
+    return {f"{name} training": x for name, x in trainings.items()} | {
+        f"{name} sampling": x for name, x in samplings.items()
     }
 
 
