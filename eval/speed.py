@@ -3,14 +3,15 @@
 python -m eval.speed                      the paper's networks (859.5 M + 368.7 M parameters); about 15 GB of memory
 python -m eval.speed --size small         small ones, to try it out
 python -m eval.speed --batch 8 --repeats 5 --compile --out runs/speed8
+python -m eval.speed --only sampling      without the training steps
 
 reference  the published code's way: features one image at a time, first stage and text encoder in every step, fp32;
            sampling one image at a time, DDIM 50, two evaluations a step, the hint block in each
 default    ours: latents and features from a cache, the prompts' embeddings kept, bf16 where the hardware has it,
            channels_last, fused AdamW, a weight average; sampling in batches, the embedding once for each image,
            UniPC 10, no guidance
-light      ours with the branch that runs once per image (docs/recipe.md) and in the five sampling steps that
-           `SampleConsistency` trains an inverter for
+light      ours with the branch that runs once per image (docs/recipe.md), in the few sampling steps that suffice after
+           training with `SampleConsistency` (docs/results.md, "Sampling steps")
 
 This is speed alone; how well each samples is the business of eval.benchmark. Weights are random: they change no time.
 """
@@ -21,7 +22,7 @@ import argparse
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Networks:
 
 OURS = {
     "default": (),
-    "light": ("inverter.params.branch=light", "inverter.params.num_inference_steps=5"),
+    "light": ("inverter.params.branch=light", "inverter.params.num_inference_steps=2"),
 }
 """Our ways of working: changes in `experiment=convnext_base`."""
 
@@ -197,34 +198,37 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure_reference(size: str, batch: int, repeats: int, steps: int, device: torch.device) -> tuple[Cost, Cost]:
-    """Training and sampling of the reference; of its 50 sampling steps 1 and 1 + `steps` are run, the rest follows."""
+def measure_reference(size: str, batch: int, repeats: int, steps: int, device: torch.device, work: str) -> Cost:
+    """Training or sampling of the reference; of its 50 sampling steps 1 and 1 + `steps` are run, the rest follows."""
     nets, text = networks("reference", size, batch, device), text_encoder(ARCHITECTURES[size].text_width, device)
-    training = measure(reference_training(nets, text), repeats, device)
-    nets.inverter.zero_grad()
+    if work == "training":
+        return measure(reference_training(nets, text), repeats, device)
+    nets.inverter.requires_grad_(False)  # as a loaded one is
     few = measure(lambda: reference_sampling(nets, text, 1), repeats, device)
     more = measure(lambda: reference_sampling(nets, text, 1 + steps), repeats, device)
     factor = 49 / steps
-    return training, Cost(
+    return Cost(
         few.seconds + factor * (more.seconds - few.seconds), few.flops + factor * (more.flops - few.flops), more.bytes
     )
 
 
 def measure_ours(
-    size: str, batch: int, repeats: int, compiled: bool, device: torch.device, changes: Sequence[str]
-) -> tuple[Cost, Cost]:
-    """Training and sampling in one of our ways."""
+    size: str, batch: int, repeats: int, compiled: bool, device: torch.device, work: str, changes: Sequence[str]
+) -> Cost:
+    """Training or sampling in one of our ways."""
     nets = networks("convnext_base", size, batch, device, changes)
     if compiled:
         nets.inverter.prior.unet.compile()
         nets.inverter.branch.compile()
-    training = measure(default_training(nets), repeats, device)
-    nets.inverter.zero_grad()
-    nets.inverter.requires_grad_(False)  # as a loaded one is
-    return training, measure(lambda: default_sampling(nets), repeats, device)
+    if work == "training":
+        return measure(default_training(nets), repeats, device)
+    nets.inverter.requires_grad_(False)
+    return measure(lambda: default_sampling(nets), repeats, device)
 
 
-def compare(size: str, batch: int, repeats: int, compiled: bool, reference_steps: int) -> dict[str, Figures]:
+def compare(
+    size: str, batch: int, repeats: int, compiled: bool, reference_steps: int, only: str | None = None
+) -> Iterator[tuple[str, Figures]]:
     """Measure every way, one after the other, so that no way's memory counts for another.
 
     Args:
@@ -233,6 +237,10 @@ def compare(size: str, batch: int, repeats: int, compiled: bool, reference_steps
         repeats: Timed repetitions; the fastest counts.
         compiled: Whether ours goes through torch.compile.
         reference_steps: See `measure_reference`.
+        only: "training" or "sampling".
+
+    Yields:
+        "reference training" and its figures, and so on, as they are measured.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = torch.bfloat16 if fast_bfloat16() else torch.float32
@@ -240,16 +248,14 @@ def compare(size: str, batch: int, repeats: int, compiled: bool, reference_steps
     print(
         f"peak: {full_peak / 1e12:.3g} TFLOP/s in fp32, {half_peak / 1e12:.3g} in {half}, on {device.type}", flush=True
     )
-    training, sampling = measure_reference(size, batch, repeats, reference_steps, device)
-    trainings = {"reference": training.figures(batch, full_peak)}
-    samplings = {"reference": sampling.figures(1, full_peak)}
-    for name, changes in OURS.items():
+    for work in [only] if only else ["training", "sampling"]:
+        cost = measure_reference(size, batch, repeats, reference_steps, device, work)
+        yield f"reference {work}", cost.figures(batch if work == "training" else 1, full_peak)
+        for name, changes in OURS.items():
+            gc.collect()
+            cost = measure_ours(size, batch, repeats, compiled, device, work, changes)
+            yield f"{name} {work}", cost.figures(batch, half_peak)
         gc.collect()
-        training, sampling = measure_ours(size, batch, repeats, compiled, device, changes)
-        trainings[name], samplings[name] = training.figures(batch, half_peak), sampling.figures(batch, half_peak)
-    return {f"{name} training": x for name, x in trainings.items()} | {
-        f"{name} sampling": x for name, x in samplings.items()
-    }
 
 
 @exit_on_user_error
@@ -260,16 +266,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--reference-steps", type=int, default=3, help="of the reference's 50 that are timed")
+    parser.add_argument("--only", choices=["training", "sampling"])
     parser.add_argument("--compile", action="store_true", help="torch.compile our networks")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
     args = parser.parse_args()
-    found = compare(args.size, args.batch, args.repeats, args.compile, args.reference_steps)
     print(f"{'':22s}{'images/s':>10s}{'ratio':>8s}{'of peak':>9s}{'memory':>10s}")
-    for name, figures in found.items():
-        base = found[f"reference {name.split()[1]}"].images_per_second
-        ratio = figures.images_per_second / base
+    found: dict[str, Figures] = {}
+    for name, figures in compare(args.size, args.batch, args.repeats, args.compile, args.reference_steps, args.only):
+        found[name] = figures
+        ratio = figures.images_per_second / found[f"reference {name.split()[1]}"].images_per_second
         print(
-            f"{name:22s}{figures.images_per_second:10.4g}{ratio:7.1f}x{figures.share:9.1%}{figures.gigabytes:7.2f} GB"
+            f"{name:22s}{figures.images_per_second:10.4g}{ratio:7.1f}x{figures.share:9.1%}{figures.gigabytes:7.2f} GB",
+            flush=True,
         )
     about = {key: str(value) for key, value in vars(args).items()}
     write_json(args.out / "speed.json", {"about": about, "figures": {k: asdict(v) for k, v in found.items()}})
