@@ -14,6 +14,7 @@ from eval.benchmark import Setting, chosen_data, has_class_labels
 from featinv.config import CONFIG_ROOT, instantiate, load_config
 from featinv.data.folders import ilsvrc_synsets
 from featinv.diffusion.prior import load_prior
+from featinv.inverters.build import find_inverter
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 EXPERIMENTS = ("photos64", "photos64_early", "photos64_mobilenetv2", "photos64_pooled", "photos64_upconv")
@@ -29,9 +30,10 @@ def test_an_experiment_on_photographs_is_that_on_scenes_with_other_data_and_prio
     expected.data = config.data
     if name.endswith("mobilenetv2"):
         expected.backbone.params.name = "mobilenetv2"
-    if config.training.start is not None:  # branches go on from another one: other schedules, a narrower new encoder
-        assert config.training.start.split("/")[0] in ("scenes64", "photos64")
+    if lender := config.training.start or config.branch_of:  # other schedules, a narrower new encoder
+        assert find_inverter(lender).is_file()
         expected.training, expected.conditioning.params = config.training, config.conditioning.params
+        expected.branch_of = config.branch_of
     assert OmegaConf.to_container(config, resolve=True) == OmegaConf.to_container(expected, resolve=True)
     assert config.data.params.val.params.urls == "photos/val-*.tar*"
     assert load_prior(config.prior).size == config.data.params.val.params.size == 64
