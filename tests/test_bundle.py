@@ -103,6 +103,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(run, tmp_path, capsys,
         patch.setenv("PHOTOS_ROOT", "elsewhere")
         assert "data.params.train.params.urls is" in refused("inverter", run, "fam/one")
     call("inverter", run, "fam/one", "--into", weights)
+    borrower = weights / "fam" / "inverters" / "two.safetensors"
+    described = {"config": {"branch_of": "fam/one"}, "branch": "as it was", "prior": None}
+    save_checkpoint(borrower, {"featinv": described, "state_dict": {}})
+    assert "borrows the branch of fam/one as it was" in refused("inverter", run, "fam/one")
+    borrower.unlink()
     torch.manual_seed(9)
     tiny_prior().save_pretrained(run / "prior")
     assert "trained with another prior" in refused("prior", run, "fam")

@@ -28,7 +28,14 @@ from featinv.config import CONFIG_ROOT, all_keys, nearest
 from featinv.diffusion.prior import WEIGHTS_ROOT, load_prior
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import read_json, write_json
-from featinv.inverters.build import about, find_inverter, load_trained, prior_fingerprint, save_inverter
+from featinv.inverters.build import (
+    about,
+    branch_fingerprint,
+    find_inverter,
+    load_trained,
+    prior_fingerprint,
+    save_inverter,
+)
 from featinv.report.benchmark import shown_columns
 from featinv.report.curves import read_log
 from tools.model_card import RECORD, STAGES, bundle_files, logged_hours, probed_hours, this_machine, write_card
@@ -80,11 +87,17 @@ def stage_inverter(
     """Put a run's inverter (the weights' average) and its log into `staged`/inverters.
 
     Raises:
-        UserError: If the bundle has no prior or another one, or the run's configuration names places of this machine.
+        UserError: If the bundle has no prior or another one, if an inverter in it borrows this one's branch as it was,
+            or if the run's configuration names places of this machine.
     """
     if not (bundle / "prior.json").is_file():
         raise UserError(f"{bundle} has no prior yet; bundle it first: python -m tools.bundle prior RUN {bundle.name}.")
     trained = load_trained(run, load_prior(bundle))
+    for path in sorted(bundle.glob("inverters/*.safetensors")):
+        known = read_header(path)["featinv"]
+        borrows = known["config"].get("branch_of") == f"{bundle.name}/{name}"
+        if borrows and known["branch"] != branch_fingerprint(trained.inverter):
+            raise UserError(f"{path} borrows the branch of {bundle.name}/{name} as it was; remove it first.")
     described = about(trained.config, trained.inverter, trained.spec)
     described["config"] = portable(trained.config, bundle.name, changes)
     folder = run if run.is_dir() else find_inverter(run).parent

@@ -128,15 +128,13 @@ def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str
         "config": OmegaConf.to_container(config, resolve=True),
         "spec": dataclasses.asdict(spec),
         "prior": prior_fingerprint(prior) if isinstance(prior, DiffusionPrior) else None,
-        "branch": _borrowed_fingerprint(config, inverter),
+        "branch": branch_fingerprint(inverter) if config.get("branch_of") else None,
     }
 
 
-def _borrowed_fingerprint(config: DictConfig, inverter: Inverter) -> str | None:
-    """Tells whether the lender of a branch has been trained further since."""
-    if not config.get("branch_of") or not isinstance(inverter, DiffusionInverter):
-        return None
-    return fingerprint(*inverter.branch.parameters())
+def branch_fingerprint(inverter: Inverter) -> str | None:
+    """Tells whether the lender of a branch has been trained further since; None without a branch."""
+    return fingerprint(*inverter.branch.parameters()) if isinstance(inverter, DiffusionInverter) else None
 
 
 def save_inverter(
@@ -235,7 +233,7 @@ def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) 
         raise UserError(
             f"{path} was trained with another prior than {config.prior!r}; retrain it or restore that prior."
         )
-    if described.get("branch") != _borrowed_fingerprint(config, inverter):
+    if config.get("branch_of") and described["branch"] != branch_fingerprint(inverter):
         raise UserError(f"{path} was trained with another branch than that of {config.branch_of!r} now; retrain it.")
     if isinstance(inverter, TrainableInverter):
         _restore(inverter, _averaged(tree), path)
