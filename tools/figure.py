@@ -103,7 +103,8 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
             chosen = config.baselines[number]
             other, own = baseline(chosen, trained, backbone, config.params)
             seeds = [sample_seed(config.seed, image_id, 0) for image_id in ids]
-            rows[f"{title}\n{Path(chosen).name}"] = drawn(other, own, images, seeds)
+            layer = title if own is backbone else own.spec.layer  # a trained baseline may read another layer
+            rows[f"{layer}\n{Path(chosen).name}"] = drawn(other, own, images, seeds)
     return rows
 
 
