@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import load_config
 from featinv.errors import UserError
-from featinv.inverters.build import build_inverter, find_inverter, load_inverter, load_trained, take_over
+from featinv.inverters.build import about, build_inverter, find_inverter, load_inverter, load_trained, take_over
+from featinv.training.module import InversionModule
 
 
 @pytest.fixture
@@ -100,6 +101,10 @@ def test_a_branch_that_has_changed_or_does_not_fit_is_refused(tmp_path, config, 
     save_tiny(tmp_path / "lender" / "inverter.safetensors", config, backbone)  # trained again
     with pytest.raises(UserError, match="trained with another branch"):
         load_inverter(tmp_path / "run")
+    now = build_inverter(borrowing, backbone.spec)
+    module = InversionModule(now, backbone, described=about(borrowing, now, backbone.spec))
+    with pytest.raises(UserError, match="begun with another branch"):
+        module.on_load_checkpoint(load_checkpoint(tmp_path / "run" / "inverter.safetensors"))
     tiny_prior().save_pretrained(config.prior)
     with pytest.raises(UserError, match="another prior"):
         build_inverter(borrowing, backbone.spec)

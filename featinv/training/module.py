@@ -242,6 +242,8 @@ class InversionModule(pl.LightningModule):
         own = self.inverter.trainable_state()
         if missing := set(own) ^ set(state):
             raise UserError(f"the checkpoint does not fit this inverter; it differs in {sorted(missing)[0]!r}.")
+        if (checkpoint.get("featinv") or {}).get("branch") != self.described.get("branch"):
+            raise UserError("the run was begun with another branch than branch_of has now; choose another out=FOLDER.")
         self.inverter.load_state_dict({k: placed_as(v, own[k]) for k, v in state.items()}, strict=False)
         if self.ema is not None and checkpoint["ema"] is not None:
             self.ema.load_state_dict(checkpoint["ema"])
