@@ -134,6 +134,20 @@ def test_sample_consistency_judges_what_invert_draws(backbone) -> None:
     assert float(distance) == pytest.approx(1 - float(cosine.mean()), abs=1e-5)
 
 
+def test_consistency_in_earlier_layers_adds_their_weighted_distances(backbone) -> None:
+    module, images = _module(backbone), torch.rand(3, 3, 16, 16)
+    features, seeds = backbone(images), [1, 2, 3]
+    drawn = module.inverter.invert(features, seeds=seeds)
+    expected = 1 - torch.nn.functional.cosine_similarity(backbone(drawn).flatten(1), features.flatten(1)).mean()
+    for layer, weight in (("layer1", 0.25), ("layer3", 2.0)):
+        cut = backbone.at(layer)
+        cosine = torch.nn.functional.cosine_similarity(cut(drawn).flatten(1), cut(images).flatten(1))
+        expected = expected + weight * (1 - cosine.mean())
+    term = SampleConsistency(rows=3, earlier={"layer1": 0.25, "layer3": 2.0})
+    found = term(module.inverter, backbone, {"images": images}, features, seeds)
+    assert float(found.detach()) == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_consistency_in_the_last_map_adds_its_own_distance() -> None:
     images = torch.rand(3, 3, 32, 32)
     early = load_backbone("resnet18", layer="layer2", pretrained=False, input_size=32)

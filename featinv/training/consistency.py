@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +104,9 @@ class SampleConsistency:
         spectrum_weight: Of the squared distance between the log power spectra of picture and original: textures that
             the network overlooks should be as strong as the original's, and nothing regular should stand out. (Durall
             et al. 2020, arXiv 2003.01826, with bands instead of circles, in which a grid's peak would not show.)
+        earlier: Layer -> weight of the distance to the original's map there. Very unlike pictures have nearly one last
+            map, among them some that only this network takes for the original; an earlier layer tells them apart, and
+            is easier to descend on. (Dosovitskiy & Brox 2016, arXiv 1602.02644, train on such distances.)
     """
 
     def __init__(
@@ -115,10 +118,11 @@ class SampleConsistency:
         last_weight: float = 0.0,
         jitter: int = 0,
         spectrum_weight: float = 0.0,
+        earlier: Mapping[str, float] | None = None,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
         self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
-        self.jitter, self.spectrum_weight = jitter, spectrum_weight
+        self.jitter, self.spectrum_weight, self.earlier = jitter, spectrum_weight, dict(earlier or {})
 
     def __call__(
         self,
@@ -136,13 +140,20 @@ class SampleConsistency:
         drawn = inverter.prior.first_stage.decode(latents.float())
         shifts = [self._shift(seed) for seed in seeds]
         judged, moved = drawn, [row for row, shift in enumerate(shifts) if any(shift)]
-        originals = self._originals(inverter, losses) if moved or self.spectrum_weight else drawn
+        originals = drawn
+        if moved or self.spectrum_weight or self.earlier:
+            originals = self._originals(inverter, losses)
         if moved:
             with torch.no_grad():
                 target = backbone(_moved(originals[moved], [shifts[row] for row in moved])).float()
             features = features.index_copy(0, torch.tensor(moved, device=features.device), target)
             judged = _moved(drawn, shifts)
         distance = _distance(backbone, judged, features, self.last_weight)
+        for layer, weight in self.earlier.items():
+            cut = backbone.at(layer)
+            with torch.no_grad():
+                target = cut(_moved(originals, shifts))
+            distance = distance + weight * _one_minus_cosine(cut(judged), target)
         if self.spectrum_weight:
             difference = _log_power(drawn) - _log_power(originals)
             distance = distance + self.spectrum_weight * difference.square().mean()
