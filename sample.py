@@ -2,6 +2,7 @@
 
 python sample.py                                             the bundled branch, held-out scenes
 python sample.py image=my.jpg samples=8                      one picture, eight samples
+python sample.py inverter=photos64/efficientnet_lite0_early+refined image=my.jpg      matched to the features afterwards
 python sample.py inverter=runs/convnext_base per_class=10 n=null samples=1 out=runs/val   ImageNet val, 10 a class
 
 Writes originals/, samples/ and manifest.json (every file with its seed) and grid.png into the folder. Interrupted, the
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from featinv.applications.matching import matched, split_name
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate
 from featinv.data.folders import pictures
@@ -78,17 +80,18 @@ def set_sampling(inverter: Any, config: DictConfig) -> None:
 
 def sample(config: DictConfig, out: Path) -> Reconstructions:
     """Reconstruct the chosen images into `out`."""
-    trained = load_trained(config.inverter)
-    inverter, backbone = trained.inverter, trained.load_backbone()
-    set_sampling(inverter, config)
-    device = own_device()
-    if isinstance(inverter, torch.nn.Module):
-        inverter.to(device)
+    name, kinds = split_name(config.inverter)
+    trained, device = load_trained(name), own_device()
+    backbone = trained.load_backbone().to(device)
+    set_sampling(trained.inverter, config)
+    if isinstance(trained.inverter, torch.nn.Module):
+        trained.inverter.to(device)
+    inverter = matched(trained.inverter, backbone, kinds, config.params)
     size = inverter.size
     items = chosen_images(config, trained, size, out)
     made = reconstruct(
         inverter,
-        backbone.to(device),
+        backbone,
         items,
         out,
         samples=config.samples,

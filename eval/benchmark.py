@@ -5,16 +5,18 @@ python -m eval.benchmark inverters=[runs/a,runs/b] n=1000 out=runs/compare
 python -m eval.benchmark inverters=[runs/convnext_base] n=10000 factor_images=0
 python -m eval.benchmark inverters=[runs/photos64] data=val-000.tar class_labels=true n=500      photographs of any size
 python -m eval.benchmark inverters=[retrieval@blocks.2,retrieval] setting=scenes64 'params.retrieval={count: 1000}'
+python -m eval.benchmark inverters=[runs/a,runs/a+guided,runs/a+refined] 'params.refined={steps: 20}'
 torchrun --nproc-per-node 8 -m eval.benchmark ...                processes or GPUs share the work
 
 A trained inverter is given the features that it was trained on; the first one's backbone judges all rows. NAME@LAYER
-puts an inverter that needs no training on another layer. Pictures are stored as they are made: interrupted, the same
-command makes the rest.
+puts an inverter that needs no training on another layer; NAME+guided and NAME+refined match the pictures of any to the
+features while or after they are drawn (docs/applications.md#refine-to-match). Pictures are stored as they are made:
+interrupted, the same command makes the rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset, Subset
 
+from featinv.applications.matching import MATCHING, matched, split_name
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate, is_node, load_config, load_group, nearest, resolve_target
@@ -55,9 +58,11 @@ def untrained_names() -> list[str]:
 
 
 def load_all(names: list[str]) -> dict[str, Trained | None]:
-    """Trained inverters; None for those that need no training."""
+    """Trained inverters, each read once, whatever the suffixes; None for those that need no training."""
     untrained = untrained_names()
-    return {name: None if name.partition("@")[0] in untrained else load_trained(name) for name in names}
+    bases = {name: split_name(name)[0] for name in names}
+    loaded = {base: None if base.partition("@")[0] in untrained else load_trained(base) for base in bases.values()}
+    return {name: loaded[base] for name, base in bases.items()}
 
 
 def shared_setting(experiment: str | None, loaded: dict[str, Trained | None], device: torch.device) -> Setting:
@@ -82,7 +87,7 @@ def shared_setting(experiment: str | None, loaded: dict[str, Trained | None], de
 
 def untrained_contestant(name: str, setting: Setting, limit: int | None, params: dict[str, Any]) -> Contestant:
     """An inverter of configs/inverter, with other `params`, on the setting's layer or on `NAME@LAYER`."""
-    kind, _, layer = name.partition("@")
+    kind, _, layer = split_name(name)[0].partition("@")
     node = load_group("inverter", kind)
     node.params.update(params)
     own = setting.backbone.at(layer) if layer and layer != setting.backbone.layer else None
@@ -112,18 +117,26 @@ def trained_contestant(
         )
     if isinstance(trained.inverter, torch.nn.Module):
         trained.inverter.to(setting.backbone.mean.device)
-    about = {"file": find_inverter(name).name, **trained.note}
+    about = {"file": find_inverter(split_name(name)[0]).name, **trained.note}
     return Contestant(trained.inverter, limit, about, own_backbone(trained, setting, known))
+
+
+def matched_contestant(name: str, row: Contestant, setting: Setting, params: dict[str, Any]) -> Contestant:
+    """The row with the wrappers that its name asks for; `params` by their kind."""
+    _, kinds = split_name(name)
+    inverter = matched(row.inverter, row.backbone or setting.backbone, kinds, params, setting.first_stage)
+    about = {"matching": {kind: params.get(kind) or {} for kind in kinds}} if kinds else {}
+    return replace(row, inverter=inverter, about=row.about | about)
 
 
 def contestants(loaded: dict[str, Trained | None], setting: Setting, config: DictConfig) -> dict[str, Contestant]:
     """The benchmark's rows, by names that are good for folders.
 
-    `config.limits` and `config.params` of a kind (`optimisation`) hold on every layer of it, and need not be used.
+    `config.limits` and `config.params` of a kind (`optimisation`, `refined`) hold for all its rows, if there are any.
     """
     limits, params = dict(config.get("limits") or {}), dict(config.get("params") or {})
     kinds = untrained_names()
-    for key, names, known in (("limits", limits, [*loaded, *kinds]), ("params", params, kinds)):
+    for key, names, known in (("limits", limits, [*loaded, *kinds]), ("params", params, [*kinds, *MATCHING])):
         for name in sorted(set(names) - set(known)):
             raise UserError(f"{key}.{name} is no inverter of this run: {nearest(name, known)}")
     rows: dict[str, Contestant] = {}
@@ -131,10 +144,11 @@ def contestants(loaded: dict[str, Trained | None], setting: Setting, config: Dic
     for name, trained in loaded.items():
         row, limit = name.strip("/").removeprefix("runs/").replace("/", "-"), limits.get(name)
         if trained is None:
-            kind = name.partition("@")[0]
-            rows[row] = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
+            kind = split_name(name)[0].partition("@")[0]
+            found = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
         else:
-            rows[row] = trained_contestant(name, trained, setting, limit, known)
+            found = trained_contestant(name, trained, setting, limit, known)
+        rows[row] = matched_contestant(name, found, setting, params)
     return rows
 
 

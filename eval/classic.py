@@ -30,6 +30,7 @@ from eval.classic_studies import (
     study_maximisation,
 )
 from featinv import evaluate
+from featinv.applications.matching import matched, split_name
 from featinv.attribution.transfer import predict
 from featinv.backbones import load_backbone
 from featinv.cli import parse_command_line
@@ -135,7 +136,7 @@ def table(config: DictConfig, out: Path) -> Study:
     part = config.table
     if not part.inverters:
         raise UserError("the table needs trained inverters: table.inverters=[runs/a,runs/b].")
-    trained = {Path(name).name: load_trained(name) for name in part.inverters}
+    trained = {name: load_trained(split_name(name)[0]) for name in part.inverters}
     first = next(iter(trained.values()))
     backbone, size = first.load_backbone(), first.inverter.size
     for other in trained.values():
@@ -143,7 +144,9 @@ def table(config: DictConfig, out: Path) -> Study:
     module = instantiate(first.config.data, where="data")
     module.setup()
     items = Subset(module.val, range(min(part.n, len(module.val))))
-    inverters: dict[str, Any] = {name: each.inverter for name, each in trained.items()}
+    inverters: dict[str, Any] = {
+        Path(name).name: matched(each.inverter, backbone, split_name(name)[1]) for name, each in trained.items()
+    }
     inverters["optimisation"] = WithBar(
         OptimizationInverter(backbone, size, part.steps, batch_size=part.n), "optimisation"
     )

@@ -111,19 +111,24 @@ def _override(config: DictConfig, key: str, value: str) -> None:
 def differences(before: DictConfig, now: DictConfig) -> list[str]:
     """Leaves in which two configurations differ, as "key: before -> now"; a key that is null may be left out."""
     missing = "(absent)"
-    keys = dict.fromkeys([*all_keys(before), *all_keys(now)])
-    pairs = {key: [OmegaConf.select(c, key, default=missing) for c in (before, now)] for key in keys}
+    leaves = _leaves(before), _leaves(now)
+    pairs = {key: [found.get(key, missing) for found in leaves] for key in dict.fromkeys([*leaves[0], *leaves[1]])}
     nothing = ([missing, None], [None, missing])
     return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new and [old, new] not in nothing]
 
 
-def all_keys(config: DictConfig, prefix: str = "") -> list[str]:
+def all_keys(config: DictConfig) -> list[str]:
     """Dotted names of all leaves."""
-    keys: list[str] = []
+    return list(_leaves(config))
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value; a key may have dots itself, as a layer's name has: `OmegaConf.select` cannot read it."""
+    leaves: dict[str, Any] = {}
     for key, value in config.items():
         name = prefix + str(key)
-        keys += all_keys(value, f"{name}.") if isinstance(value, DictConfig) else [name]
-    return keys
+        leaves |= _leaves(value, f"{name}.") if isinstance(value, DictConfig) else {name: value}
+    return leaves
 
 
 def is_node(value: Any) -> bool:

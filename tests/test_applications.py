@@ -14,6 +14,7 @@ from featinv.applications.composites import (
     swap_channels,
 )
 from featinv.applications.layers import layer_curve, leak_report, linear_information
+from featinv.applications.matching import FeatureGuidedInverter
 from featinv.applications.posterior import (
     calibrate,
     draw_samples,
@@ -22,7 +23,7 @@ from featinv.applications.posterior import (
     risk_factor,
     sample_cosines,
 )
-from featinv.applications.refine import FeatureGuidedInverter, refine
+from featinv.applications.refine import refine
 from featinv.applications.subset import SubsetInverter, concepts_only, concepts_without, invert_subset
 from featinv.conditioning.masking import masked, mean_feature
 from featinv.data.scene_factors import FACTOR_INDEX

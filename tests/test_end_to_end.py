@@ -111,7 +111,14 @@ def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert load_png(tmp_path / "one" / "samples" / "my_1.png").shape == (3, 32, 32)
-    words = [f"inverter={trained}", "n=3", "samples=1", "guidance_scale=2", f"out={tmp_path / 'set'}"]
+    words = [
+        f"inverter={trained}+refined",
+        "params.refined={steps: 2}",
+        "n=3",
+        "samples=1",
+        "guidance_scale=2",
+        f"out={tmp_path / 'set'}",
+    ]
     assert _run("sample.py", *words, cwd=ROOT).returncode == 0
     kept = {p: p.read_bytes() for p in (tmp_path / "set" / "samples").iterdir()}
     assert len(kept) == 3
@@ -121,7 +128,14 @@ def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:
 
 
 def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
-    words = [f"inverters=[{trained},optimisation,retrieval]", "limits={optimisation: 5}", "n=8", "factor_images=40"]
+    inverters = f"inverters=[{trained},optimisation,retrieval,{trained}+guided+refined,retrieval+refined]"
+    words = [
+        inverters,
+        "limits={optimisation: 5}",
+        "n=8",
+        "factor_images=40",
+        "params={refined: {steps: 4, tolerance: 1}}",
+    ]
     done = _run("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "metrics.json").read_text())
@@ -137,13 +151,15 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
         "subset",
     }
     assert set(content) == documented and set(content["factors"]) == {"originals", "features"}
-    assert content["subset"]["n"] == 5 and len(content["inverters"]) == 3
+    assert content["subset"]["n"] == 5 and len(content["inverters"]) == 5
     for figures in content["inverters"].values():
         assert {"value", "low", "high", "n"} <= set(figures["cosine"]) and "factor_object0_shape" in figures
         assert "fd_mobilenetv2" in figures and "fid" not in figures
+    cosines = [content["inverters"][row]["cosine"]["value"] for row in content["inverters"]]
+    assert cosines[3] > cosines[0] and cosines[4] >= cosines[2]  # matched, and not
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
-    assert (tmp_path / "table.md").read_text().count("\n| ") == 6 and (tmp_path / "table.csv").is_file()
+    assert (tmp_path / "table.md").read_text().count("\n| ") == 8 and (tmp_path / "table.csv").is_file()
     done = _run("-m", "eval.layers", f"benchmarks=[{tmp_path}]", f"out={tmp_path / 'layers'}", cwd=ROOT)
     assert done.returncode == 0 and "retrieval" in done.stdout, done.stderr[-2000:]
     words = [f"inverter={trained}", "n=2", "corruptions=[fog]", "severities=[2]", "eps=[4]", "ood=[noise]"]

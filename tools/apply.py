@@ -24,8 +24,9 @@ from featinv.applications import composites
 from featinv.applications.batches import decode, device_of, encode
 from featinv.applications.discovery import completeness, nmf_concepts, subspace_concepts
 from featinv.applications.layers import layer_curve, leak_report
+from featinv.applications.matching import FeatureGuidedInverter
 from featinv.applications.posterior import draw_samples, perceptual_map, pixel_map, sample_cosines
-from featinv.applications.refine import FeatureGuidedInverter, refine
+from featinv.applications.refine import refine
 from featinv.applications.steering import steer_strip
 from featinv.applications.subset import concepts_only, invert_subset
 from featinv.attribution.saliency import overlay

@@ -10,7 +10,7 @@ square and shrunk to the inverters' size first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.benchmark import Setting, untrained_contestant, untrained_names
+from featinv.applications.matching import matched, split_name
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, nearest
@@ -69,12 +70,16 @@ def drawn(inverter: Inverter, backbone: Backbone, images: Tensor, seeds: Sequenc
 
 def baseline(name: str, trained: Trained, backbone: Backbone, params: DictConfig) -> tuple[Inverter, Backbone]:
     """A trained inverter with its own backbone, or one that needs no training, on the layer of `trained`."""
-    if name in untrained_names():
+    base, kinds = split_name(name)
+    if base in untrained_names():
         setting = Setting(trained.config, backbone, trained.inverter.size, None)
-        given = OmegaConf.to_container(params.get(name) or OmegaConf.create({}))
-        return untrained_contestant(name, setting, None, given).inverter, backbone  # type: ignore[arg-type]
-    other = load_trained(name)
-    return other.inverter, other.load_backbone()
+        given = OmegaConf.to_container(params.get(base) or OmegaConf.create({}))
+        inverter: Inverter = untrained_contestant(base, setting, None, given).inverter  # type: ignore[arg-type]
+    else:
+        other = load_trained(base)
+        inverter, backbone = other.inverter, other.load_backbone()
+    first_stage = getattr(getattr(trained.inverter, "prior", None), "first_stage", None)
+    return matched(inverter, backbone, kinds, params, first_stage), backbone
 
 
 def rows_of(config: DictConfig) -> dict[str, Tensor]:
@@ -85,20 +90,21 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
     """
     if not config.inverters or len(config.baselines) not in (0, 1, len(config.inverters)):
         raise UserError("give inverters=[A,B], and one baseline for each of them, one for all, or none.")
-    loaded = {name: load_trained(name) for name in config.inverters}
+    loaded = {name: load_trained(split_name(name)[0]) for name in config.inverters}
     sizes = {trained.inverter.size for trained in loaded.values()}
     if len(sizes) > 1:
         raise UserError(f"the inverters draw pictures of different sizes, {sorted(sizes)}; make a figure of each.")
     ids, images = chosen_images(config.images, config.n, sizes.pop())
     rows = {"original": images}
     for number, (name, trained) in enumerate(tqdm(loaded.items(), desc="drawing", unit="inverter")):
-        backbone, title = trained.load_backbone(), _title(trained, list(loaded.values()), name)
+        backbone, title, kinds = trained.load_backbone(), _title(loaded, name), split_name(name)[1]
+        inverter = matched(trained.inverter, backbone, kinds, config.params)
         for k in range(config.samples):
             seeds = [sample_seed(config.seed, image_id, k) for image_id in ids]
-            rows[f"{title}\nsample {k + 1}"] = drawn(trained.inverter, backbone, images, seeds)
-        if config.posterior_mean and isinstance(trained.inverter, DiffusionInverter):
+            rows[f"{title}\nsample {k + 1}"] = drawn(inverter, backbone, images, seeds)
+        if config.posterior_mean and isinstance(inverter, DiffusionInverter):
             with torch.no_grad():
-                rows[f"{title}\nposterior mean"] = trained.inverter.posterior_mean(backbone(images))
+                rows[f"{title}\nposterior mean"] = inverter.posterior_mean(backbone(images))
         if config.baselines and (number == 0 or len(config.baselines) > 1):
             chosen = config.baselines[number]
             other, own = baseline(chosen, trained, backbone, config.params)
@@ -108,10 +114,10 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
     return rows
 
 
-def _title(trained: Trained, all_of_them: Sequence[Trained], name: str) -> str:
-    """The layer, unless another inverter has it too."""
-    layers = [other.spec.layer for other in all_of_them]
-    return trained.spec.layer if layers.count(trained.spec.layer) == 1 else Path(name).name
+def _title(loaded: Mapping[str, Trained], name: str) -> str:
+    """The layer and what matches the pictures to it, unless another inverter has both in common."""
+    titles = {key: "+".join((trained.spec.layer, *split_name(key)[1])) for key, trained in loaded.items()}
+    return titles[name] if list(titles.values()).count(titles[name]) == 1 else Path(name).name
 
 
 @exit_on_user_error

@@ -12,8 +12,9 @@ from torch import Tensor
 from featinv.applications.batches import decode, encode, seeds_of
 from featinv.applications.composites import covered, placement, replace
 from featinv.applications.concepts import Direction, class_means
+from featinv.applications.matching import FeatureGuidedInverter
 from featinv.applications.posterior import calibrate, draw_samples, pixel_map, sample_cosines
-from featinv.applications.refine import FeatureGuidedInverter, refine
+from featinv.applications.refine import refine
 from featinv.applications.scene_reader import SceneReader, SceneSet
 from featinv.applications.steering import SteeringTest, Strip, factor_changes, steer_strip
 from featinv.applications.subset import SubsetInverter

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +11,7 @@ from torch import Tensor
 from featinv.applications.batches import Progress, encode
 from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
-from featinv.diffusion.objective_guidance import ObjectiveGuidance
 from featinv.errors import UserError
-from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.parametrisations import parametrise
 from featinv.metrics.features import feature_cosine
 
@@ -112,6 +108,7 @@ def refine(
         search.step(step)
         if progress is not None:
             progress(step, steps)
+    search.finish()
     found = Refined(
         search.best.cpu(),
         feature_cosine(features, backbone(start.to(device)).detach()).cpu(),
@@ -150,20 +147,32 @@ class _Search:
         self.best = start.clone()
         self.cosine = feature_cosine(features, encode(backbone, start).to(features))
         self.steps, self.skipped = (torch.zeros(len(start), dtype=torch.int64) for _ in range(2))
+        self.number, self.moved = 0, torch.zeros_like(self.cosine, dtype=torch.bool)
 
     def done(self) -> bool:
         return bool((self.cosine >= self.tolerance).all())
 
     def step(self, number: int) -> None:
+        """Look where the last step has led, then take the next."""
         with torch.enable_grad():
-            images = self.free.images()
-            match = F.cosine_similarity(self.backbone(images).flatten(1), self.features.flatten(1))
+            images, match = self._look()
             self.free.tensor.grad = torch.autograd.grad((1 - match).sum(), self.free.tensor)[0]
+        self._remember(images.detach(), match.detach())
         active = self.cosine < self.tolerance
         finite = self.free.tensor.grad.flatten(1).isfinite().all(1)
         self.skipped += (active & ~finite).cpu()
-        self._descend(active & finite)
-        self._remember(number, active & finite)
+        self.number, self.moved = number, active & finite
+        self._descend(self.moved)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Look where the last step has led."""
+        self._remember(*self._look())
+
+    def _look(self) -> tuple[Tensor, Tensor]:
+        """The pictures, which every parametrisation keeps in [0, 1], and their cosines."""
+        images = self.free.images()
+        return images, F.cosine_similarity(self.backbone(images).flatten(1), self.features.flatten(1))
 
     @torch.no_grad()
     def _descend(self, rows: Tensor) -> None:
@@ -177,66 +186,8 @@ class _Search:
         free.copy_(torch.where(mask, free, held))
 
     @torch.no_grad()
-    def _remember(self, number: int, rows: Tensor) -> None:
-        images = self.free.images().clamp(0, 1)
-        cosine = feature_cosine(self.features, self.backbone(images))
-        better = rows & (cosine > self.cosine)
+    def _remember(self, images: Tensor, cosine: Tensor) -> None:
+        better = self.moved & (cosine > self.cosine)
         self.best = torch.where(better[:, None, None, None], images, self.best)
         self.cosine = torch.where(better, cosine, self.cosine)
-        self.steps[better.cpu()] = number
-
-
-class FeatureGuidedInverter:
-    """A diffusion inverter that also climbs the feature cosine while it samples (training-free guidance).
-
-    Behind the guidance contract: `ObjectiveGuidance` with the cosine as its objective, on top of the inverter's own
-    guidance. The inverter itself is left as it is.
-
-    Args:
-        inverter: Draws.
-        backbone: Whose features are matched.
-        strength: Root mean square of one uphill step, in units of the latents' standard deviation.
-        iterations: Uphill steps at each sampling step.
-        interval: Noise levels where it acts, as fractions of the training timesteps.
-        sampler: None keeps the inverter's own; a first-order one does not mix predictions moved by different amounts.
-
-    Attributes:
-        skipped: Gradients of one image that were not finite, in all calls so far.
-    """
-
-    def __init__(
-        self,
-        inverter: DiffusionInverter,
-        backbone: Backbone,
-        strength: float = 0.02,
-        iterations: int = 3,
-        interval: Sequence[float] = (0.0, 0.7),
-        sampler: str | None = "ddim",
-    ):
-        self.inverter, self.backbone, self.size = inverter, backbone, inverter.size
-        self.strength, self.iterations, self.interval = strength, iterations, tuple(interval)
-        self.sampler = sampler or inverter.sampler
-        self.skipped = 0
-
-    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
-        """Features (N, C, H, W) and N seeds -> images (N, 3, size, size) in [0, 1]."""
-        prior, wanted = self.inverter.prior, features.flatten(1)
-
-        def objective(images: Tensor) -> Tensor:
-            return F.cosine_similarity(self.backbone(images).flatten(1), wanted)
-
-        # A shallow copy shares every weight; only its guidance and sampler are other ones.
-        guided = copy.copy(self.inverter)
-        guided.sampler = self.sampler
-        guided.guidance = guidance = ObjectiveGuidance(
-            objective,
-            prior.first_stage,
-            prior.scheduler,
-            self.strength,
-            self.iterations,
-            self.interval,
-            self.inverter.guidance,
-        )
-        images = guided.invert(features, seeds=seeds)
-        self.skipped += guidance.skipped
-        return images
+        self.steps[better.cpu()] = self.number

@@ -1,0 +1,178 @@
+"""Inverters whose pictures are matched to the features while or after they are drawn: NAME+guided, NAME+refined."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from featinv.applications.refine import refine
+from featinv.backbones.base import Backbone
+from featinv.config import nearest
+from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.objective_guidance import ObjectiveGuidance
+from featinv.errors import UserError
+from featinv.inverters.base import Inverter
+from featinv.inverters.diffusion import DiffusionInverter
+
+
+class FeatureGuidedInverter:
+    """A diffusion inverter that also climbs the feature cosine while it samples (training-free guidance).
+
+    Behind the guidance contract: `ObjectiveGuidance` with the cosine as its objective, on top of the inverter's own
+    guidance. The inverter itself is left as it is.
+
+    Args:
+        inverter: Draws.
+        backbone: Whose features are matched.
+        strength: Root mean square of one uphill step, in units of the latents' standard deviation.
+        iterations: Uphill steps at each sampling step.
+        interval: Noise levels where it acts, as fractions of the training timesteps.
+        sampler: None keeps the inverter's own; a first-order one does not mix predictions moved by different amounts.
+
+    Attributes:
+        skipped: Gradients of one image that were not finite, in all calls so far.
+
+    Raises:
+        UserError: If the inverter does not sample by diffusion.
+    """
+
+    def __init__(
+        self,
+        inverter: Inverter,
+        backbone: Backbone,
+        strength: float = 0.02,
+        iterations: int = 3,
+        interval: Sequence[float] = (0.0, 0.7),
+        sampler: str | None = "ddim",
+    ):
+        if not isinstance(inverter, DiffusionInverter):
+            raise UserError(f"a {type(inverter).__name__} has no sampling steps to guide; it can be +refined.")
+        self.inverter, self.backbone, self.size, self.prior = inverter, backbone, inverter.size, inverter.prior
+        self.strength, self.iterations, self.interval = strength, iterations, tuple(interval)
+        self.sampler = sampler or inverter.sampler
+        self.skipped = 0
+
+    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Features (N, C, H, W) and N seeds -> images (N, 3, size, size) in [0, 1]."""
+        prior, wanted = self.prior, features.flatten(1)
+
+        def objective(images: Tensor) -> Tensor:
+            return F.cosine_similarity(self.backbone(images).flatten(1), wanted)
+
+        # A shallow copy shares every weight; only its guidance and sampler are other ones.
+        guided = copy.copy(self.inverter)
+        guided.sampler = self.sampler
+        guided.guidance = guidance = ObjectiveGuidance(
+            objective,
+            prior.first_stage,
+            prior.scheduler,
+            self.strength,
+            self.iterations,
+            self.interval,
+            self.inverter.guidance,
+        )
+        images = guided.invert(features, seeds=seeds)
+        self.skipped += guidance.skipped
+        return images
+
+
+class RefinedInverter:
+    """An inverter whose pictures are then moved, a few gradient steps in latents, towards the features (`refine`).
+
+    A few steps from a good start end near it; from noise the same descent is inversion by optimisation.
+
+    Args:
+        inverter: Draws.
+        backbone: Whose features are matched.
+        first_stage: Its latents are moved; None takes that of the inverter's own prior, or moves pixels.
+        steps: At most.
+        learning_rate: Adam's.
+        tolerance: Feature cosine at which a picture is left as it is. About what the first stage's round trip of an
+            original reaches: beyond, there is nothing that the features could still say.
+
+    Attributes:
+        skipped: Gradients of one image that were not finite, in all calls so far.
+    """
+
+    def __init__(
+        self,
+        inverter: Inverter,
+        backbone: Backbone,
+        first_stage: FirstStage | None = None,
+        steps: int = 10,
+        learning_rate: float = 0.03,
+        tolerance: float = 0.9,
+    ):
+        prior = getattr(inverter, "prior", None)
+        self.inverter, self.backbone, self.size = inverter, backbone, inverter.size
+        self.first_stage = first_stage if prior is None else prior.first_stage
+        self.steps, self.learning_rate, self.tolerance = steps, learning_rate, tolerance
+        self.skipped = 0
+
+    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Features (N, C, H, W) and N seeds -> images (N, 3, size, size) in [0, 1]."""
+        found = refine(
+            self.backbone,
+            features,
+            self.inverter.invert(features, seeds=seeds).detach(),
+            first_stage=self.first_stage,
+            tolerance=self.tolerance,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+        )
+        self.skipped += int(found.skipped.sum())
+        return found.images
+
+
+MATCHING: dict[str, type] = {"guided": FeatureGuidedInverter, "refined": RefinedInverter}
+"""Suffix -> inverter around another one, called as kind(inverter, backbone, **params)."""
+
+
+def split_name(name: str) -> tuple[str, tuple[str, ...]]:
+    """NAME+guided+refined -> (NAME, ("guided", "refined")); a path that is there is a name as a whole.
+
+    Raises:
+        UserError: If a suffix is not one of `MATCHING`, naming the nearest.
+    """
+    base, plus, last = name.rpartition("+")
+    if not plus or "/" in last or Path(name).exists():
+        return name, ()
+    if last not in MATCHING:
+        raise UserError(f"+{last} of {name!r}: {nearest(last, list(MATCHING))}")
+    inner, kinds = split_name(base)
+    return inner, (*kinds, last)
+
+
+def matched(
+    inverter: Inverter,
+    backbone: Backbone,
+    kinds: Sequence[str],
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    first_stage: FirstStage | None = None,
+) -> Inverter:
+    """Put an inverter into the wrappers that its name asks for, the first innermost.
+
+    Args:
+        inverter: Drawn from; on the backbone's device.
+        backbone: Whose features it inverts.
+        kinds: From `split_name`.
+        params: Of each kind, by its name.
+        first_stage: In whose latents inverters without a prior of their own are refined.
+
+    Raises:
+        UserError: If an inverter cannot be guided, or a parameter does not exist.
+    """
+    for kind in kinds:
+        given = dict((params or {}).get(kind) or {})
+        if kind == "refined":
+            given.setdefault("first_stage", first_stage)
+        try:
+            inverter = MATCHING[kind](inverter, backbone, **given)
+        except TypeError as error:
+            raise UserError(f"params.{kind}: {error}") from error
+    return inverter

@@ -1,0 +1,76 @@
+"""Inverters matched to the features, by the suffixes of their names."""
+
+import pytest
+import torch
+from cells import SIZE, Cells, Mosaic
+
+from featinv.applications.matching import FeatureGuidedInverter, RefinedInverter, matched, split_name
+from featinv.errors import UserError
+from featinv.metrics.features import feature_cosine
+
+
+class Noise:
+    """Pictures that know nothing of the features."""
+
+    size = SIZE
+
+    def invert(self, features, *, seeds):
+        rows = [torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows)
+
+
+def test_suffixes_are_split_off_and_a_path_that_is_there_is_a_name(tmp_path, monkeypatch) -> None:
+    assert split_name("runs/a+guided+refined") == ("runs/a", ("guided", "refined"))
+    assert split_name("retrieval@blocks.2+refined") == ("retrieval@blocks.2", ("refined",))
+    assert split_name("a+b/c") == ("a+b/c", ())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr+wd").mkdir()
+    assert split_name("lr+wd") == ("lr+wd", ()) and split_name("lr+wd+refined") == ("lr+wd", ("refined",))
+    with pytest.raises(UserError, match="did you mean refined"):
+        split_name("runs/a+refine")
+
+
+def test_refined_pictures_come_nearer_each_on_its_own_until_the_tolerance() -> None:
+    backbone, features = Cells(), torch.rand(3, 3, 8, 8)
+    plain = Noise().invert(features, seeds=[1, 2, 3])
+    refined = RefinedInverter(Noise(), backbone, steps=60, tolerance=0.99)
+    images = refined.invert(features, seeds=[1, 2, 3])
+    before, after = (feature_cosine(features, backbone(x)) for x in (plain, images))
+    assert (before < 0.99).all() and (after >= 0.99).all() and refined.skipped == 0
+    assert torch.equal(refined.invert(features[1:2], seeds=[2])[0], images[1])
+    few = RefinedInverter(Noise(), backbone, steps=2, tolerance=0.99).invert(features, seeds=[1, 2, 3])
+    assert (feature_cosine(features, backbone(few)) < after).all()
+    exact = Mosaic().invert(features, seeds=[0] * 3)
+    assert torch.equal(RefinedInverter(Mosaic(), backbone).invert(features, seeds=[0] * 3), exact)
+
+
+def test_latents_are_moved_where_there_is_a_first_stage(inverter, backbone) -> None:
+    features = torch.rand(2, 512, 2, 2)
+    assert RefinedInverter(inverter, backbone).first_stage is inverter.prior.first_stage
+    given = inverter.prior.first_stage
+    images = matched(Noise32(), backbone, ["refined"], {"refined": {"steps": 3}}, given).invert(features, seeds=[1, 2])
+    start = Noise32().invert(features, seeds=[1, 2])
+    latents = given.encode(start)
+    # Every picture that has moved is one that the first stage can draw; Adam's first three steps are of equal length.
+    moved = (given.encode(images) - latents).abs().amax((1, 2, 3))
+    assert images.shape == (2, 3, 32, 32) and (moved > 0).all()
+
+
+class Noise32(Noise):
+    size = 32
+
+    def invert(self, features, *, seeds):
+        return super().invert(features, seeds=seeds)[..., :32, :32]
+
+
+def test_wrappers_lie_in_the_order_of_the_name_and_take_their_own_parameters(inverter, backbone) -> None:
+    params = {"guided": {"strength": 0.3}, "refined": {"steps": 7}, "retrieval": {"count": 3}}
+    outer = matched(inverter, backbone, ["guided", "refined"], params)
+    assert isinstance(outer, RefinedInverter) and outer.steps == 7 and outer.size == inverter.size
+    assert isinstance(outer.inverter, FeatureGuidedInverter) and outer.inverter.strength == 0.3
+    assert outer.inverter.inverter is inverter and outer.first_stage is inverter.prior.first_stage
+    assert matched(inverter, backbone, []) is inverter
+    with pytest.raises(UserError, match="no sampling steps to guide"):
+        matched(Noise(), backbone, ["guided"])
+    with pytest.raises(UserError, match=r"params\.refined"):
+        matched(inverter, backbone, ["refined"], {"refined": {"stepss": 7}})
