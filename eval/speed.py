@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--reference-steps", type=int, default=3, help="of the reference's 50 that are timed")
-    parser.add_argument("--only", choices=["training", "sampling"])
+    parser.add_argument("--only", choices=["training", "sampling"], help="leave the other out")
     parser.add_argument("--compile", action="store_true", help="torch.compile our networks")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
     args = parser.parse_args()

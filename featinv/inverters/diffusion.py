@@ -111,8 +111,9 @@ class DiffusionInverter(nn.Module):
         text, null_text = self.prior.encoder_hidden_states(n), self.prior.text["null"].expand(n, -1, -1)
         if not isinstance(self.branch, LightBranch):
             return Conditions(embedding, null_embedding, text, null_text, estimate, self.strength)
-        residuals = self.branch(embedding), self.branch(null_embedding)
-        return Conditions(None, None, text, null_text, estimate, self.strength, *residuals)
+        down, middle = self.branch(null_embedding[:1])  # the same for all images
+        null = tuple(x.expand(n, -1, -1, -1) for x in down), middle.expand(n, -1, -1, -1)
+        return Conditions(None, None, text, null_text, estimate, self.strength, self.branch(embedding), null)
 
     @torch.no_grad()
     def invert(
