@@ -12,6 +12,7 @@ same command makes what is missing and nothing twice; under torchrun the process
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from featinv.applications.matching import matched, split_name
+from featinv.applications.matching import MATCHING, matched, split_name
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate
 from featinv.data.folders import pictures
@@ -78,15 +79,32 @@ def set_sampling(inverter: Any, config: DictConfig) -> None:
         inverter.guidance = NoGuidance() if guidance.scale == 1 else guidance
 
 
+def matching_params(config: DictConfig, kinds: Sequence[str]) -> dict[str, Any]:
+    """Parameters of the suffixes, by their name; a sampler that was asked for holds under guidance, too.
+
+    Raises:
+        UserError: If there are some for a suffix that the inverter's name does not have.
+    """
+    params: dict[str, Any] = OmegaConf.to_container(config.params)  # type: ignore[assignment]
+    for name in set(params) - set(kinds):
+        raise UserError(
+            f"params.{name}: {config.inverter} is not +{name}; there are {', '.join(f'+{x}' for x in MATCHING)}."
+        )
+    if config.sampler is not None:
+        params["guided"] = {"sampler": config.sampler, **(params.get("guided") or {})}
+    return params
+
+
 def sample(config: DictConfig, out: Path) -> Reconstructions:
     """Reconstruct the chosen images into `out`."""
     name, kinds = split_name(config.inverter)
+    params = matching_params(config, kinds)
     trained, device = load_trained(name), own_device()
     backbone = trained.load_backbone().to(device)
     set_sampling(trained.inverter, config)
     if isinstance(trained.inverter, torch.nn.Module):
         trained.inverter.to(device)
-    inverter = matched(trained.inverter, backbone, kinds, config.params)
+    inverter = matched(trained.inverter, backbone, kinds, params)
     size = inverter.size
     items = chosen_images(config, trained, size, out)
     made = reconstruct(

@@ -259,6 +259,7 @@ def test_every_classic_method_runs_on_a_picture(tmp_path) -> None:
         (["train.py", "backbone=resnet51"], "resnet50"),
         (["sample.py", "inverter=nothing/here"], "no inverter"),
         (["sample.py", "samples"], "key=value"),
+        (["sample.py", "params.refined={steps: 3}"], "is not +refined"),
         (["-m", "eval.benchmark", "inverters=[optimisation]"], "at least one trained"),
         (["tools/list_layers.py", "resnet5000"], "timm has no model"),
         (["-m", "tools.visualize", "gradcam", "--image", "x.png"], "grad_cam"),
