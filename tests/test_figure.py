@@ -45,17 +45,17 @@ def test_rows_are_originals_samples_posterior_mean_and_baseline(config, inverter
     assert not torch.equal(rows["a\nsample 1"], rows["a\nsample 2"])
 
 
-def test_matched_rows_say_so_and_have_no_posterior_mean_of_their_own(config, inverter, backbone) -> None:
+def test_matched_rows_say_so_and_share_the_posterior_mean(config, inverter, backbone) -> None:
     changed = {"inverters": ["runs/a", "runs/a+refined"], "samples": 1, "baselines": ["optimisation+refined"]}
     rows = tool.rows_of(OmegaConf.merge(config, changed, {"params": {"refined": {"steps": 2}}}))
     layer = backbone.spec.layer
     expected = ["sample 1", "posterior mean", "optimisation+refined"]
-    assert list(rows) == ["original", *(f"{layer}\n{x}" for x in expected), f"{layer}+refined\nsample 1"]
+    assert list(rows) == ["original", *(f"{layer}\n{x}" for x in expected), f"{layer}\n+refined\nsample 1"]
     features = backbone(rows["original"])
     found = RefinedInverter(inverter, backbone, steps=2).invert(
         features, seeds=[sample_seed(0, f"scene-{i}", 0) for i in (0, 1)]
     )
-    assert torch.equal(rows[f"{layer}+refined\nsample 1"], found)
+    assert torch.equal(rows[f"{layer}\n+refined\nsample 1"], found)
 
 
 def test_pictures_by_name_and_by_path(tmp_path) -> None:

@@ -1,7 +1,7 @@
 """A figure: originals, samples, posterior mean and a baseline, for one or several inverters, as one PNG.
 
 python -m tools.figure inverters=[scenes64/efficientnet_lite0_early] baselines=[optimisation] n=8 out=runs/scenes.png
-python -m tools.figure inverters=[photos64/efficientnet_lite0,photos64/efficientnet_lite0_early] \
+python -m tools.figure inverters=[photos64/efficientnet_lite0+refined,photos64/efficientnet_lite0_early+refined] \
     baselines=[runs/photos64_upconv] images=[astronaut,cat,coffee,rocket] out=docs/images/photos64.png
 
 The photographs by name come with scikit-image and are in the public domain or CC0. Pictures are cropped to the centre
@@ -102,9 +102,12 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
         for k in range(config.samples):
             seeds = [sample_seed(config.seed, image_id, k) for image_id in ids]
             rows[f"{title}\nsample {k + 1}"] = drawn(inverter, backbone, images, seeds)
-        if config.posterior_mean and isinstance(inverter, DiffusionInverter):
+        first = next(other for other in loaded if split_name(other)[0] == split_name(name)[0])
+        if config.posterior_mean and name == first and isinstance(trained.inverter, DiffusionInverter):
             with torch.no_grad():
-                rows[f"{title}\nposterior mean"] = inverter.posterior_mean(backbone(images))
+                rows[f"{title.partition('+')[0].strip()}\nposterior mean"] = trained.inverter.posterior_mean(
+                    backbone(images)
+                )
         if config.baselines and (number == 0 or len(config.baselines) > 1):
             chosen = config.baselines[number]
             other, own = baseline(chosen, trained, backbone, config.params)
@@ -116,7 +119,8 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
 
 def _title(loaded: Mapping[str, Trained], name: str) -> str:
     """The layer and what matches the pictures to it, unless another inverter has both in common."""
-    titles = {key: "+".join((trained.spec.layer, *split_name(key)[1])) for key, trained in loaded.items()}
+    kinds = {key: "".join(f"+{kind}" for kind in split_name(key)[1]) for key in loaded}
+    titles = {key: f"{trained.spec.layer}\n{kinds[key]}".strip() for key, trained in loaded.items()}
     return titles[name] if list(titles.values()).count(titles[name]) == 1 else Path(name).name
 
 
