@@ -19,7 +19,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from eval.benchmark import build_benchmark, load_all, shared_setting, trained_contestant
+from eval.benchmark import build_benchmark, load_all, matched_contestant, shared_setting, trained_contestant
+from featinv.applications.matching import split_name
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT
 from featinv.errors import UserError, exit_on_user_error
@@ -82,6 +83,7 @@ def measure_steps(config: DictConfig, out: Path) -> dict[str, Any]:
     assert trained is not None  # else there is no setting
     row = trained_contestant(config.inverter, trained, setting, None, {})
     rows = step_rows(config.inverter, row, list(config.steps))
+    rows = {name: matched_contestant(config.inverter, each, setting, {}) for name, each in rows.items()}
     return build_benchmark(config, setting, out / "steps", device).run(rows)
 
 
@@ -90,7 +92,7 @@ def log_of(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".jsonl" or path.is_dir():
         return path / "probe.jsonl" if path.is_dir() else path
-    return find_inverter(name).with_suffix(".jsonl")
+    return find_inverter(split_name(name)[0]).with_suffix(".jsonl")
 
 
 def chosen_logs(config: DictConfig) -> list[str]:
