@@ -32,6 +32,7 @@ from featinv.image import make_grid, save_png
 from featinv.inverters.build import Trained, load_trained
 from featinv.inverters.reconstruct import Reconstructions, reconstruct
 from featinv.processes import own_device, process_group, process_rank
+from featinv.training.precision import draw_in
 
 
 def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) -> Dataset[dict[str, Any]]:
@@ -104,9 +105,11 @@ def sample(config: DictConfig, out: Path) -> Reconstructions:
     set_sampling(trained.inverter, config)
     if isinstance(trained.inverter, torch.nn.Module):
         trained.inverter.to(device)
+    precision = draw_in(trained.inverter, config.precision)
     inverter = matched(trained.inverter, backbone, kinds, params)
     size = inverter.size
     items = chosen_images(config, trained, size, out)
+    settings = {str(k): v for k, v in OmegaConf.to_container(config).items() if k not in ("n", "batch_size")}  # type: ignore[union-attr]
     made = reconstruct(
         inverter,
         backbone,
@@ -116,7 +119,7 @@ def sample(config: DictConfig, out: Path) -> Reconstructions:
         seed=config.seed,
         size=size,
         batch_size=config.batch_size,
-        about={k: v for k, v in OmegaConf.to_container(config).items() if k not in ("n", "batch_size")},  # type: ignore[union-attr]
+        about=settings | {"precision": precision},
         title="sampling",
     )
     if process_rank()[0] == 0:

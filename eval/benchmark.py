@@ -39,6 +39,7 @@ from featinv.metrics.benchmark import Benchmark, Contestant, scene_truth
 from featinv.metrics.networks import available_networks
 from featinv.processes import own_device, process_group, process_rank
 from featinv.report.benchmark import write_benchmark
+from featinv.training.precision import draw_in
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ def own_backbone(trained: Trained, setting: Setting, known: dict[str, Backbone])
 
 
 def trained_contestant(
-    name: str, trained: Trained, setting: Setting, limit: int | None, known: dict[str, Backbone]
+    name: str,
+    trained: Trained,
+    setting: Setting,
+    limit: int | None,
+    known: dict[str, Backbone],
+    precision: str = "fp32",
 ) -> Contestant:
     """A trained inverter, with its own backbone if that is not the setting's (see `own_backbone`)."""
     if trained.inverter.size != setting.size:
@@ -118,6 +124,8 @@ def trained_contestant(
     if isinstance(trained.inverter, torch.nn.Module):
         trained.inverter.to(setting.backbone.mean.device)
     about = {"file": find_inverter(split_name(name)[0]).name, **trained.note}
+    if (used := draw_in(trained.inverter, precision)) != "fp32":
+        about["precision"] = used
     return Contestant(trained.inverter, limit, about, own_backbone(trained, setting, known))
 
 
@@ -147,7 +155,7 @@ def contestants(loaded: dict[str, Trained | None], setting: Setting, config: Dic
             kind = split_name(name)[0].partition("@")[0]
             found = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
         else:
-            found = trained_contestant(name, trained, setting, limit, known)
+            found = trained_contestant(name, trained, setting, limit, known, config.get("precision", "fp32"))
         rows[row] = matched_contestant(name, found, setting, params)
     return rows
 

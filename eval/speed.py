@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate, load_config
 from featinv.diffusion.architectures import ARCHITECTURES, random_prior
+from featinv.diffusion.half import store_half
 from featinv.diffusion.samplers import sample
 from featinv.errors import exit_on_user_error
 from featinv.files import write_json
@@ -42,7 +43,7 @@ from featinv.inverters.build import build_inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
 from featinv.training.ema import EMA
-from featinv.training.precision import fast_bfloat16
+from featinv.training.precision import draw_in, fast_bfloat16
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,7 @@ def reference_sampling(nets: Networks, text: Callable[[int], Tensor], steps: int
 @torch.no_grad()
 def default_sampling(nets: Networks) -> None:
     """Draw a batch our way."""
-    with _bfloat16(nets.device):
-        nets.inverter.invert(nets.backbone(nets.images), seeds=nets.seeds)
+    nets.inverter.invert(nets.backbone(nets.images), seeds=nets.seeds)
 
 
 def _bfloat16(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -218,11 +218,13 @@ def measure_ours(
     """Training or sampling in one of our ways."""
     nets = networks("convnext_base", size, batch, device, changes)
     if compiled:
-        nets.inverter.prior.unet.compile()
-        nets.inverter.branch.compile()
+        nets.inverter.compile_networks()
     if work == "training":
+        if fast_bfloat16():
+            store_half(nets.inverter.prior.unet)
         return measure(default_training(nets), repeats, device)
     nets.inverter.requires_grad_(False)
+    draw_in(nets.inverter, "auto")
     return measure(lambda: default_sampling(nets), repeats, device)
 
 

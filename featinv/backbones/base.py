@@ -102,6 +102,14 @@ class Backbone(nn.Module):
         """Images (N, 3, H, W) in [0, 1] -> features (N, C, H, W)."""
         raise NotImplementedError
 
+    def maps(self, images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        """Maps (N, C, H, W) of the same images at several layers, in one pass where the network allows it.
+
+        Raises:
+            UserError: As `at`.
+        """
+        return [self.at(layer)(images) for layer in layers]
+
     def final_from(self, features: Tensor) -> Tensor:
         """The network's last map of images whose map at this layer is `features` (N, C, H, W).
 

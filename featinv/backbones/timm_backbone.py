@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -106,6 +106,31 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> features (N, C, H, W)."""
         return self._extract(self.preprocess(images))
+
+    def maps(self, images: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        """Maps (N, C, H, W) of the same images at several layers, in one pass where timm lists them.
+
+        Raises:
+            UserError: As `at`.
+        """
+        listed = [info["module"] for info in getattr(self.model, "feature_info", [])]
+        inner = set(layers) - {"final"}
+        if not inner or not inner <= set(listed) or not hasattr(self.model, "forward_intermediates"):
+            return super().maps(images, layers)
+        names = sorted(inner, key=listed.index)  # timm returns them in the network's order
+        indices = [_intermediate_index(self.model, listed, name) for name in names]
+        found = self.model.forward_intermediates(
+            self.preprocess(images),
+            indices=indices,
+            output_fmt="NCHW",
+            intermediates_only="final" not in layers,
+            stop_early="final" not in layers,
+        )
+        if "final" in layers:
+            last, inner_maps = found
+            names, found = [*names, "final"], [*inner_maps, self._nchw(last)]
+        named = dict(zip(names, found, strict=True))
+        return [named[layer] for layer in layers]
 
     def logits(self, images: Tensor) -> Tensor:
         """Class scores (N, K) of images (N, 3, H, W) in [0, 1]."""

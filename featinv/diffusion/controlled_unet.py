@@ -12,6 +12,7 @@ from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from featinv.diffusion.clean import clean_latents
+from featinv.diffusion.half import half_arithmetic
 from featinv.diffusion.light_branch import LightBranch, Residuals
 
 
@@ -107,6 +108,9 @@ class ControlledUNet(nn.Module):
         branch: From `control_branch`, or a `LightBranch`, which has run before (`Conditions.residuals`).
         num_train_timesteps: Of the schedule that the UNet was trained with.
         gate: Uses the conditions' estimate, if there is one.
+
+    Attributes:
+        halved: Whether UNet and branch multiply in bfloat16 whatever the caller's precision; predictions are float32.
     """
 
     def __init__(
@@ -119,19 +123,23 @@ class ControlledUNet(nn.Module):
         super().__init__()
         self.unet, self.branch, self.gate = unet.requires_grad_(False), branch, gate
         self.num_train_timesteps = num_train_timesteps
+        self.halved = False
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Predict noise or velocity (N, C, h, w); `timesteps` is (N,) or ()."""
         timesteps = timesteps.expand(len(noisy_latents))
-        down, middle = self._added(noisy_latents, timesteps, conditions)
-        model_pred = self.unet(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states=conditions.text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-            return_dict=False,
-        )[0]
+        with half_arithmetic(noisy_latents.device, self.halved):
+            down, middle = self._added(noisy_latents, timesteps, conditions)
+            model_pred = self.unet(
+                noisy_latents,
+                timesteps,
+                encoder_hidden_states=conditions.text,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+                return_dict=False,
+            )[0]
+        if self.halved:
+            model_pred = model_pred.float()
         if self.gate is None or conditions.estimate is None:
             return model_pred
         return self.gate(model_pred, noisy_latents, timesteps, conditions.estimate)

@@ -156,7 +156,8 @@ class FirstStage(nn.Module):
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """Scaled latents (N, C, h, w) -> images (N, 3, H, W), in [0, 1] if `clamp`."""
         scale, shift = self._scale()
-        images = self.synthesise(latents / scale + shift)
+        # Bicubic resizing, with which every backbone begins, has no half precision on CPUs.
+        images = self.synthesise(latents / scale + shift).float()
         return images.clamp(0, 1) if clamp else images
 
 

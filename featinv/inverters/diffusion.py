@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.diffusion.controlled_unet import Conditions, ControlledUNet, EstimateGate, control_branch
 from featinv.diffusion.guidance import Guidance, NoGuidance
+from featinv.diffusion.half import half_arithmetic, store_half
 from featinv.diffusion.light_branch import LightBranch
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
@@ -76,6 +77,17 @@ class DiffusionInverter(nn.Module):
         """The prior's UNet with this inverter's branch."""
         return self._unet[0]
 
+    def compile_networks(self) -> None:
+        """Let torch.compile fuse UNet and branch, in place: minutes before the first step, faster ones afterwards."""
+        self.prior.unet.compile()
+        self.branch.compile()
+
+    def halve(self) -> None:
+        """Draw in bfloat16 from now on, with half the memory for UNet and branch; not for training."""
+        store_half(self.prior.unet)
+        store_half(self.branch)
+        self.unet.halved = True
+
     def prepare(self, features: Tensor, latents: Tensor | None) -> None:
         """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
         self.encoder.fit(features, latents)  # type: ignore[operator]
@@ -105,6 +117,10 @@ class DiffusionInverter(nn.Module):
 
     def conditions(self, features: Tensor) -> Conditions:
         """Embed features (N, C, H, W) once per image."""
+        with half_arithmetic(features.device, self.unet.halved):
+            return self._conditions(features)
+
+    def _conditions(self, features: Tensor) -> Conditions:
         embedding, estimate = self.encoder(features)
         n = len(features)
         null_embedding = self.null_embedding.expand_as(embedding)
@@ -129,7 +145,9 @@ class DiffusionInverter(nn.Module):
         Returns:
             Images (N, 3, H, W) in [0, 1].
         """
-        return self.prior.first_stage.decode(self.draw(features, seeds, callback=callback))
+        latents = self.draw(features, seeds, callback=callback)
+        with half_arithmetic(features.device, self.unet.halved):
+            return self.prior.first_stage.decode(latents)
 
     def draw(
         self,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featinv.backbones.base import Backbone
+from featinv.training.adversary import Adversary
 
 
 class Consistency(Protocol):
@@ -28,16 +29,6 @@ class Consistency(Protocol):
     ) -> Tensor:
         """Return 1 - cosine, averaged over the rows that were judged; `losses` are those of `training_losses`."""
         ...
-
-
-def _distance(backbone: Backbone, images: Tensor, features: Tensor, last_weight: float = 0.0) -> Tensor:
-    drawn = backbone(images)
-    distance = _one_minus_cosine(drawn, features)
-    if last_weight:
-        with torch.no_grad():
-            target = backbone.final_from(features)
-        distance = distance + last_weight * _one_minus_cosine(backbone.final_from(drawn), target)
-    return distance
 
 
 def _one_minus_cosine(features: Tensor, target: Tensor) -> Tensor:
@@ -83,7 +74,7 @@ class EstimateConsistency:
         rows = rows[timesteps[rows] <= limit]
         if not len(rows):
             return estimate.sum() * 0.0
-        return _distance(backbone, inverter.prior.first_stage.decode(estimate[rows].float()), features[rows])
+        return _one_minus_cosine(backbone(inverter.prior.first_stage.decode(estimate[rows].float())), features[rows])
 
 
 class SampleConsistency:
@@ -107,6 +98,7 @@ class SampleConsistency:
         earlier: Layer -> weight of the distance to the original's map there. Very unlike pictures have nearly one last
             map, among them some that only this network takes for the original; an earlier layer tells them apart, and
             is easier to descend on. (Dosovitskiy & Brox 2016, arXiv 1602.02644, train on such distances.)
+        adversary: Tells what is drawn from photographs (`Adversary`), whatever the features say.
     """
 
     def __init__(
@@ -119,10 +111,12 @@ class SampleConsistency:
         jitter: int = 0,
         spectrum_weight: float = 0.0,
         earlier: Mapping[str, float] | None = None,
+        adversary: Adversary | None = None,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
         self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
         self.jitter, self.spectrum_weight, self.earlier = jitter, spectrum_weight, dict(earlier or {})
+        self.adversary = adversary
 
     def __call__(
         self,
@@ -133,31 +127,58 @@ class SampleConsistency:
         seeds: Sequence[int],
     ) -> Tensor:
         """Return 1 - cosine of the drawn pictures, and the weighted parts that were asked for."""
-        features, seeds = features[: self.rows], seeds[: self.rows]
+        features, seeds = features[: self.rows].float(), seeds[: self.rows]
         latents = inverter.draw(
             features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
         )
         drawn = inverter.prior.first_stage.decode(latents.float())
-        shifts = [self._shift(seed) for seed in seeds]
-        judged, moved = drawn, [row for row, shift in enumerate(shifts) if any(shift)]
-        originals = drawn
-        if moved or self.spectrum_weight or self.earlier:
+        # Differences of maps are small beside the maps; and CPUs are slow at half-precision backbones.
+        with torch.autocast(drawn.device.type, enabled=False):
+            return self._judge(inverter, backbone, losses, features, drawn, [self._shift(seed) for seed in seeds])
+
+    def _judge(
+        self,
+        inverter: Any,
+        backbone: Backbone,
+        losses: dict[str, Tensor],
+        features: Tensor,
+        drawn: Tensor,
+        shifts: list[tuple[int, int]],
+    ) -> Tensor:
+        """The distances of drawn pictures (N, 3, H, W), moved by `shifts`, from features (N, C, h, w)."""
+        further, moved = self._further(), [row for row, shift in enumerate(shifts) if any(shift)]
+        judged = _moved(drawn, shifts) if moved else drawn
+        own, *maps = backbone.maps(judged, [backbone.layer, *further])
+        originals = shown = drawn.detach()
+        targets: list[Tensor] = []
+        if moved or further or self.spectrum_weight or self.adversary is not None:
             originals = self._originals(inverter, losses)
-        if moved:
             with torch.no_grad():
-                target = backbone(_moved(originals[moved], [shifts[row] for row in moved])).float()
-            features = features.index_copy(0, torch.tensor(moved, device=features.device), target)
-            judged = _moved(drawn, shifts)
-        distance = _distance(backbone, judged, features, self.last_weight)
+                shown = _moved(originals, shifts)
+                target, *targets = backbone.maps(shown, [backbone.layer, *further])
+            rows = torch.tensor(moved, dtype=torch.long, device=features.device)
+            features = features.index_copy(0, rows, target[rows])
+        distance = _one_minus_cosine(own, features) + self._last_distance(backbone, own, features)
+        pairs = dict(zip(further, zip(maps, targets, strict=True), strict=True))
         for layer, weight in self.earlier.items():
-            cut = backbone.at(layer)
-            with torch.no_grad():
-                target = cut(_moved(originals, shifts))
-            distance = distance + weight * _one_minus_cosine(cut(judged), target)
+            distance = distance + weight * _one_minus_cosine(*pairs[layer])
         if self.spectrum_weight:
             difference = _log_power(drawn) - _log_power(originals)
             distance = distance + self.spectrum_weight * difference.square().mean()
+        if self.adversary is not None:
+            self.adversary.build(backbone)
+            seen = [pairs[name] for name in self.adversary.maps]
+            term = self.adversary(judged, [x for x, _ in seen], shown, [x for _, x in seen])
+            distance = distance + self.adversary.weight * term
         return distance
+
+    def _last_distance(self, backbone: Backbone, drawn: Tensor, features: Tensor) -> Tensor | float:
+        """The same distance in the network's last map, of maps in the inverted layer."""
+        if not self.last_weight:
+            return 0.0
+        with torch.no_grad():
+            target = backbone.final_from(features)
+        return self.last_weight * _one_minus_cosine(backbone.final_from(drawn), target)
 
     def _originals(self, inverter: Any, losses: dict[str, Tensor]) -> Tensor:
         """The pictures themselves (N, 3, H, W), or what the first stage makes of their latents."""
@@ -165,6 +186,10 @@ class SampleConsistency:
             return losses["images"][: self.rows]
         with torch.no_grad():
             return inverter.prior.first_stage.decode(losses["latents"][: self.rows])
+
+    def _further(self) -> list[str]:
+        """Layers that are looked at besides the inverted one."""
+        return list(dict.fromkeys([*self.earlier, *(self.adversary.maps if self.adversary is not None else [])]))
 
     def _shift(self, seed: int) -> tuple[int, int]:
         """(down, right) of one picture in pixels; none for every other one."""

@@ -18,6 +18,7 @@ from featinv.files import save_safetensors
 from featinv.image import seeded_noise
 from featinv.inverters.base import TrainableInverter
 from featinv.inverters.diffusion import DiffusionInverter
+from featinv.training.adversary import Adversary
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA, match_layout
 from featinv.training.sharding import gathered, placed_as, shard, unshard
@@ -84,6 +85,8 @@ class InversionModule(pl.LightningModule):
         self.feature_noise = feature_noise
         self.estimate_steps, self.teacher = estimate_steps, teacher
         self.consistency, self.consistency_from = consistency, consistency_from
+        if (adversary := self._adversary) is not None:
+            adversary.build(backbone)
         self.masking = FeatureMasking(mask_positions, mask_channels)
         if not self._trained():
             raise UserError(f"{type(inverter).__name__} has nothing to train.")
@@ -92,6 +95,11 @@ class InversionModule(pl.LightningModule):
     def _trained(self) -> dict[str, nn.Parameter]:
         named = self.inverter.named_parameters()
         return {k: p for k, p in named if p.requires_grad and not k.startswith("prior.")}
+
+    @property
+    def _adversary(self) -> Adversary | None:
+        """What consistency trains beside the inverter; outside the module tree, it has an optimizer of its own."""
+        return getattr(self.consistency, "adversary", None)
 
     def restart_average(self) -> None:
         """Begin the average anew from the weights as they are: they were changed from outside."""
@@ -115,6 +123,8 @@ class InversionModule(pl.LightningModule):
         self._backbone[0] = self.backbone.to(self.device)
         if self.ema is not None:
             self.ema.follow()
+        if self._adversary is not None:
+            self._adversary.follow(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
@@ -131,6 +141,8 @@ class InversionModule(pl.LightningModule):
             distance = self.consistency(self.inverter, self.backbone, losses, features, seeds)
             loss = loss + self.consistency.weight * distance
             self.log("train/consistency", distance.detach())
+            if self._adversary is not None:
+                self.log("train/adversary", self._adversary.hinge)
         scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
         self.log_dict(scalars, prog_bar=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -235,6 +247,7 @@ class InversionModule(pl.LightningModule):
         checkpoint["state_dict"] = gathered(self.inverter.trainable_state())
         checkpoint["featinv"] = self.described
         checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
+        checkpoint["adversary"] = self._adversary.training_state() if self._adversary is not None else None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the weights and their average; Lightning restores optimizer and schedule."""
@@ -247,5 +260,7 @@ class InversionModule(pl.LightningModule):
         self.inverter.load_state_dict({k: placed_as(v, own[k]) for k, v in state.items()}, strict=False)
         if self.ema is not None and checkpoint["ema"] is not None:
             self.ema.load_state_dict(checkpoint["ema"])
+        if self._adversary is not None and checkpoint.get("adversary") is not None:
+            self._adversary.restore(checkpoint["adversary"])
         # Lightning loads this dict once more, strictly, into the whole module.
         checkpoint["state_dict"] = self.state_dict()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from featinv.errors import UserError
+from featinv.inverters.base import Inverter
+from featinv.inverters.diffusion import DiffusionInverter
 
 
 def fast_bfloat16() -> bool:
@@ -16,9 +18,25 @@ def fast_bfloat16() -> bool:
 
 
 def lightning_precision(precision: str) -> str:
-    """Translate "auto", "bf16" or "fp32" for Lightning's Trainer."""
+    """Translate "auto", "bf16" or "fp32" for Lightning's Trainer.
+
+    Raises:
+        UserError: If it is none of them.
+    """
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"precision {precision!r} is not auto, bf16 or fp32.")
     if precision == "auto":
         precision = "bf16" if fast_bfloat16() else "fp32"
     return "bf16-mixed" if precision == "bf16" else "32-true"
+
+
+def draw_in(inverter: Inverter, precision: str) -> str:
+    """Let an inverter that samples by diffusion do so in "auto", "bf16" or "fp32"; returns which of the two it is.
+
+    Raises:
+        UserError: If it is none of them.
+    """
+    half = lightning_precision(precision) == "bf16-mixed" and isinstance(inverter, DiffusionInverter)
+    if half:
+        inverter.halve()  # type: ignore[attr-defined]
+    return "bf16" if half else "fp32"

@@ -78,7 +78,8 @@ class FeatureProbe(Callback):
     def measure(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Reconstruct, and write the figures down."""
         ema = getattr(pl_module, "ema", None)
-        with ema.applied() if ema is not None else nullcontext():
+        # Frozen weights may be stored in half precision, which only the trainer's own arithmetic can multiply.
+        with trainer.precision_plugin.forward_context(), ema.applied() if ema is not None else nullcontext():
             images = pl_module.inverter.invert(self.features, seeds=range(len(self.features)))
         cosine = self._cosine(self.backbone(images))
         share = (cosine - self.floor) / (self.ceiling - self.floor)

@@ -23,7 +23,7 @@ from featinv.training.runner import last_checkpoint
 
 log = logging.getLogger(__name__)
 FREE = {"num_workers", "checkpoint_every", "probe_every", "probe_images", "cache_root"}
-FREE |= {"devices", "strategy", "accelerator"}
+FREE |= {"devices", "strategy", "accelerator", "compile"}
 """Settings under `training` that may differ between a run and its continuation: the weights do not depend on them."""
 
 

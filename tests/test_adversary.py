@@ -1,0 +1,154 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from forks import in_two_processes
+from test_training import _dies_at, _Killed, _module
+
+from featinv.backbones import load_backbone
+from featinv.errors import UserError
+from featinv.processes import process_rank
+from featinv.training.adversary import PIXELS, Adversary
+from featinv.training.batches import BatchedRows
+from featinv.training.consistency import SampleConsistency
+from featinv.training.runner import fit
+
+
+@pytest.fixture
+def adversary(backbone) -> Adversary:
+    adversary = Adversary(layers=[PIXELS, "layer1", "layer2"], width=8, warmup_steps=2)
+    adversary.build(backbone)
+    return adversary
+
+
+def test_maps_of_many_layers_are_those_of_each_layer_alone(backbone) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    for layers in (["layer3", "layer1"], ["final", "layer2", "final"], ["final"], ["layer1", "layer1.0.conv1"]):
+        for found, layer in zip(backbone.maps(images, layers), layers, strict=True):
+            torch.testing.assert_close(found, backbone.at(layer)(images), atol=1e-5, rtol=1e-4)
+    tokens = load_backbone("vit_tiny_patch16_224", pretrained=False, input_size=64)
+    for found, layer in zip(tokens.maps(images, ["final", "blocks.3"]), ["final", "blocks.3"], strict=True):
+        torch.testing.assert_close(found, tokens.at(layer)(images), atol=1e-4, rtol=1e-3)
+    with pytest.raises(UserError, match="layer1"):
+        backbone.maps(images, ["layer1", "layre1"])
+
+
+def test_heads_learn_to_tell_grain_from_smooth_pictures(backbone, adversary) -> None:
+    smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4), size=32, mode="bilinear")
+    grain = smooth + 0.05 * torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        maps = [backbone.maps(x, adversary.maps) for x in (grain, smooth)]
+    hinges = []
+    for _ in range(120):
+        adversary.improve(grain, maps[0], smooth, maps[1])
+        hinges.append(adversary.hinge)
+    assert hinges[0] == pytest.approx(2, abs=0.1) and hinges[-1] < 1.5
+    with torch.no_grad():
+        for drawn, real in zip(adversary.logits(grain, maps[0]), adversary.logits(smooth, maps[1]), strict=True):
+            assert drawn.shape[1] == 1 and float(drawn.mean()) < float(real.mean()) - 0.2
+
+
+def test_losses_are_the_hinges(backbone, adversary) -> None:
+    drawn, real = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        maps = [backbone.maps(x, adversary.maps) for x in (drawn, real)]
+        adversary.eval()  # a spectral norm's estimate moves at every look while it trains
+        false, true = adversary.logits(drawn, maps[0]), adversary.logits(real, maps[1])
+    expected = sum(float(F.relu(1 + f).mean() + F.relu(1 - t).mean()) for f, t in zip(false, true, strict=True)) / 3
+    adversary.improve(drawn, maps[0], real, maps[1])
+    assert adversary.hinge == pytest.approx(expected, rel=1e-4)
+    assert float(adversary(drawn, maps[0], real, maps[1])) == 0  # the last of two steps in which only the heads learn
+    judged = adversary(drawn, maps[0], real, maps[1])
+    with torch.no_grad():
+        expected = -sum(float(s.mean()) for s in adversary.logits(drawn, maps[0])) / 3
+    assert adversary.steps == 3 and float(judged) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_inverter_is_pulled_and_the_heads_are_not_trained_by_its_loss(backbone, adversary) -> None:
+    drawn = torch.rand(2, 3, 32, 32, requires_grad=True)
+    real = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = backbone.maps(real, adversary.maps)
+    for _ in range(3):
+        adversary.zero_grad()
+        loss = adversary(drawn, backbone.maps(drawn, adversary.maps), real, wanted)
+    adversary.zero_grad()
+    loss.backward()
+    assert float(drawn.grad.abs().sum()) > 0
+    assert all(p.grad is None and p.requires_grad for p in adversary.parameters())
+
+
+def test_consistency_adds_the_weighted_judgement(backbone, adversary) -> None:
+    module, images = _module(backbone), torch.rand(3, 3, 32, 32)
+    features, losses, seeds = backbone(images), {"images": images}, [1, 2, 3]
+    plain = SampleConsistency(rows=3)(module.inverter, backbone, losses, features, seeds)
+    adversary.steps, adversary.weight = 5, 0.25
+    drawn = module.inverter.invert(features, seeds=seeds)
+    term = SampleConsistency(rows=3, adversary=adversary)
+    found = term(module.inverter, backbone, losses, features, seeds)
+    assert adversary.steps == 6
+    with torch.no_grad():
+        scores = adversary.eval().logits(drawn, backbone.maps(drawn, adversary.maps))
+    judged = -float(torch.stack([s.mean() for s in scores]).mean())
+    assert float(found - plain) == pytest.approx(0.25 * judged, abs=5e-3)
+
+
+class _Pictures:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, row: int) -> dict[str, object]:
+        return {
+            "image": torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(row)),
+            "label": 0,
+            "id": str(row),
+        }
+
+
+def test_a_resumed_run_has_the_adversary_of_an_uninterrupted_one(tmp_path, backbone) -> None:
+    def module():
+        adversary = Adversary(layers=[PIXELS, "layer1"], width=4, warmup_steps=1)
+        return _module(backbone, consistency=SampleConsistency(rows=2, adversary=adversary))
+
+    settings = {"max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
+    whole, rows = module(), BatchedRows(_Pictures())
+    fit(whole, rows, tmp_path / "whole", **settings)
+    with pytest.raises(_Killed):
+        fit(_dies_at(module(), 3), rows, tmp_path / "cut", **settings)
+    resumed = module()
+    fit(resumed, rows, tmp_path / "cut", **settings)
+    judges = [x.consistency.adversary for x in (whole, resumed)]
+    assert judges[0].steps == judges[1].steps == 4
+    for name, value in judges[0].state_dict().items():
+        assert torch.equal(value, judges[1].state_dict()[name]), name
+    for name, value in whole.inverter.trainable_state().items():
+        assert torch.equal(value, resumed.inverter.trainable_state()[name]), name
+    assert not any("heads" in name for name in whole.state_dict())
+
+
+def test_two_processes_keep_the_heads_of_one(tmp_path, backbone) -> None:
+    drawn, real = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        maps = [backbone.maps(x, ["layer1"]) for x in (drawn, real)]
+
+    def trained() -> Adversary:
+        rank, world = process_rank()
+        adversary = Adversary(layers=[PIXELS, "layer1"], width=4)
+        adversary.build(backbone)
+        own = slice(rank, None, world)
+        for _ in range(3):
+            adversary.improve(drawn[own], [x[own] for x in maps[0]], real[own], [x[own] for x in maps[1]])
+        return adversary
+
+    def work() -> None:
+        torch.save(trained().state_dict(), tmp_path / f"{process_rank()[0]}.pt")
+
+    in_two_processes(work)
+    one = trained().state_dict()
+    for rank in (0, 1):
+        for name, value in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(value, one[name], atol=1e-4, rtol=1e-3)
+
+
+def test_an_adversary_needs_something_to_look_at() -> None:
+    with pytest.raises(UserError, match="layers"):
+        Adversary(layers=[])

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from conftest import save_tiny, tiny_config, tiny_prior
+from torch import nn
+
+from featinv.backbones import load_backbone
+from featinv.diffusion.half import store_half
+from featinv.errors import UserError
+from featinv.inverters.build import load_trained
+from featinv.training.precision import draw_in, fast_bfloat16
+
+
+def _trained(folder, backbone):
+    tiny_prior().save_pretrained(folder / "prior")
+    save_tiny(folder / "run" / "inverter.safetensors", tiny_config(folder / "prior"), backbone)
+    return load_trained(folder / "run").inverter
+
+
+def test_stored_half_a_frozen_network_computes_what_autocast_does() -> None:
+    unet, inputs = tiny_prior().unet.requires_grad_(False), torch.randn(2, 4, 4, 4)
+    call = {"timestep": torch.tensor([3, 700]), "encoder_hidden_states": torch.randn(2, 3, 8), "return_dict": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = unet(inputs, **call)[0]
+        store_half(unet)
+        assert torch.equal(unet(inputs, **call)[0], expected)
+    kinds = {type(layer): layer.weight.dtype for layer in unet.modules() if getattr(layer, "weight", None) is not None}
+    assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16 and kinds[nn.GroupNorm] == torch.float32
+
+
+def test_what_is_trained_keeps_its_precision() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    store_half(network)
+    assert [layer.weight.dtype for layer in network] == [torch.float32, torch.bfloat16]
+
+
+def test_a_halved_inverter_draws_nearly_the_same_pictures(tmp_path, backbone) -> None:
+    inverter, features = _trained(tmp_path, backbone), backbone(torch.rand(3, 3, 32, 32))
+    exact, mean = inverter.invert(features, seeds=[1, 2, 3]), inverter.posterior_mean(features)
+    size = sum(p.numel() * p.element_size() for p in inverter.prior.unet.parameters())
+    assert draw_in(inverter, "fp32") == "fp32" and torch.equal(inverter.invert(features, seeds=[1, 2, 3]), exact)
+    assert draw_in(inverter, "bf16") == "bf16"
+    drawn = inverter.invert(features, seeds=[1, 2, 3])
+    assert drawn.dtype == torch.float32 and not torch.equal(drawn, exact)
+    assert float((drawn - exact).abs().mean()) < 0.01
+    torch.testing.assert_close(inverter.invert(features[1:2], seeds=[2]), drawn[1:2], atol=0.02, rtol=0)
+    assert torch.equal(inverter.posterior_mean(features), mean)
+    assert sum(p.numel() * p.element_size() for p in inverter.prior.unet.parameters()) < 0.55 * size
+
+
+def test_auto_halves_where_the_hardware_gains_by_it(tmp_path, backbone) -> None:
+    inverter = _trained(tmp_path, backbone)
+    assert draw_in(inverter, "auto") == ("bf16" if fast_bfloat16() else "fp32")
+    with pytest.raises(UserError, match="precision 'half'"):
+        draw_in(inverter, "half")
+
+
+def test_an_inverter_without_a_unet_draws_as_it_is(backbone) -> None:
+    from featinv.inverters.retrieval import RetrievalInverter
+
+    pictures = [{"image": torch.rand(3, 32, 32), "label": 0, "id": str(i)} for i in range(3)]
+    small = load_backbone("resnet10t", pretrained=False, input_size=32)
+    inverter = RetrievalInverter(small, pictures, size=32)
+    assert draw_in(inverter, "bf16") == "fp32"
