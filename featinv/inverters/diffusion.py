@@ -77,10 +77,10 @@ class DiffusionInverter(nn.Module):
         """The prior's UNet with this inverter's branch."""
         return self._unet[0]
 
-    def compile_networks(self) -> None:
+    def compile_networks(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse UNet and branch, in place: minutes before the first step, faster ones afterwards."""
-        self.prior.unet.compile()
-        self.branch.compile()
+        self.prior.unet.compile(backend=backend)
+        self.branch.compile(backend=backend)
 
     def halve(self) -> None:
         """Draw in bfloat16 from now on, with half the memory for UNet and branch; not for training."""

@@ -61,3 +61,11 @@ def test_an_inverter_without_a_unet_draws_as_it_is(backbone) -> None:
     small = load_backbone("resnet10t", pretrained=False, input_size=32)
     inverter = RetrievalInverter(small, pictures, size=32)
     assert draw_in(inverter, "bf16") == "fp32"
+
+
+def test_compiled_networks_draw_the_same_pictures(inverter, backbone) -> None:
+    features, names = backbone(torch.rand(2, 3, 32, 32)), list(inverter.trainable_state())
+    expected = inverter.invert(features, seeds=[1, 2])
+    inverter.compile_networks(backend="eager")  # traced as for inductor, without minutes of generating code
+    torch.testing.assert_close(inverter.invert(features, seeds=[1, 2]), expected, atol=1e-5, rtol=0)
+    assert list(inverter.trainable_state()) == names
