@@ -1,13 +1,24 @@
+import json
+import math
+
 import pytest
 import torch
-from conftest import save_tiny, tiny_config, tiny_prior
+from conftest import save_tiny, tiny_config, tiny_first_stage, tiny_prior
+from test_training import _module
 from torch import nn
 
 from featinv.backbones import load_backbone
+from featinv.data.memory import InMemoryImages
+from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.half import store_half
 from featinv.errors import UserError
 from featinv.inverters.build import load_trained
+from featinv.training.adversary import Adversary
+from featinv.training.consistency import SampleConsistency
 from featinv.training.precision import draw_in, fast_bfloat16
+from featinv.training.prior_modules import FirstStageModule
+from featinv.training.probe import FeatureProbe
+from featinv.training.runner import fit
 
 
 def _trained(folder, backbone):
@@ -69,3 +80,37 @@ def test_compiled_networks_draw_the_same_pictures(inverter, backbone) -> None:
     inverter.compile_networks(backend="eager")  # traced as for inductor, without minutes of generating code
     torch.testing.assert_close(inverter.invert(features, seeds=[1, 2]), expected, atol=1e-5, rtol=0)
     assert list(inverter.trainable_state()) == names
+
+
+@pytest.fixture(scope="module")
+def images() -> InMemoryImages:
+    return InMemoryImages(ScenesDataset(8, size=32))
+
+
+SHORT = {"max_steps": 2, "batch_size": 4, "progress": False, "precision": "bf16"}
+
+
+def test_a_branch_trains_in_half_precision_beside_a_stored_prior(tmp_path, backbone, images) -> None:
+    term = SampleConsistency(rows=2, jitter=3, adversary=Adversary(layers=["pixels", "layer1"], width=4))
+    module = _module(backbone, consistency=term)
+    for block in module.inverter.branch.controlnet_down_blocks:
+        nn.init.normal_(block.weight, std=0.1)
+    before = {name: p.detach().clone() for name, p in module.inverter.named_parameters() if p.requires_grad}
+    store_half(module.inverter.prior.unet)
+    probe = FeatureProbe(images[range(4)]["image"], backbone, tmp_path, every=2, batch_images=4)
+    fit(module, images, tmp_path, callbacks=[probe], **SHORT)
+    assert term.adversary.steps == 2
+    (line,) = (json.loads(text) for text in (tmp_path / "probe.jsonl").read_text().splitlines())
+    assert math.isfinite(line["cosine"])
+    trained = {name: p for name, p in module.inverter.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert any(not torch.equal(p, before[name]) for name, p in trained.items() if name.startswith("branch."))
+
+
+def test_a_first_stage_trains_in_half_precision(tmp_path, backbone, images) -> None:
+    first_stage = tiny_first_stage(shortcut=True)
+    first_stage.shortcut.fit(images[range(8)]["image"])
+    before = first_stage.vae.decoder.conv_out.weight.detach().clone()
+    fit(FirstStageModule(first_stage, backbone, max_steps=2, warmup_steps=1), images, tmp_path, **SHORT)
+    assert not torch.equal(first_stage.vae.decoder.conv_out.weight, before)
+    assert first_stage.decode(torch.randn(1, 4, 4, 4)).isfinite().all()

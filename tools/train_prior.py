@@ -2,7 +2,6 @@
 
 python -m tools.train_prior scenes64
 python -m tools.train_prior scenes64 first_stage.module.params.max_steps=100 out=runs/quick
-python -m tools.train_prior photos64 polish=photos64 out=runs/polished      the decoder of a finished prior, further
 """
 
 from __future__ import annotations
@@ -112,29 +111,11 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
             fit(module, images, out / folder, max_steps=module.max_steps, batch_size=node.batch_size)
     first_stage.eval().requires_grad_(False)
     normalise_latents(first_stage, images[range(min(2000, len(images)))]["image"])
-    report_first_stage(first_stage, backbone, held_out, out, started)
-    return first_stage
-
-
-def polish_decoder(config: DictConfig, images: InMemoryImages, held_out: Tensor, out: Path) -> None:
-    """Train the decoder of the finished prior `config.polish` further; its latents, and so its UNet, stay."""
-    prior, backbone = load_prior(config.polish), instantiate(config.backbone, where="backbone")
-    started, node = time.time(), config.first_stage
-    settings = OmegaConf.merge(node.module, {"params": {"decoder_only": True}})
-    module = instantiate(settings, where="first_stage.module", first_stage=prior.first_stage, backbone=backbone)
-    fit(module, images, out / "decoder", max_steps=module.max_steps, batch_size=node.batch_size)
-    report_first_stage(prior.freeze().first_stage, backbone, held_out, out, started)
-    prior.save_pretrained(out / "prior", dtype=torch.float16)
-
-
-def report_first_stage(
-    first_stage: FirstStage, backbone: Backbone, held_out: Tensor, out: Path, started: float
-) -> None:
-    """Write and print the figures of the round trip of held-out images, and a grid."""
     figures, again = judge_first_stage(first_stage, backbone, held_out)
     write_json(out / "first_stage.json", figures | {"minutes": (time.time() - started) / 60})
     save_png(out / "first_stage.png", make_grid([held_out[:10], again[:10]], ["original", "round trip"]))
     print("first stage, held out:", json.dumps(figures))
+    return first_stage
 
 
 def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImages, out: Path) -> DiffusionPrior:
@@ -189,12 +170,9 @@ def main() -> None:
     with hold_run(out):
         images = InMemoryImages(instantiate(config.data, where="data"), num_workers=2)
         validation = InMemoryImages(instantiate(config.validation, where="validation"))
-        held_out = validation[range(len(validation))]["image"]
-        if config.polish:
-            polish_decoder(config, images, held_out, out)
-        else:
-            train_unet(config, train_first_stage(config, images, held_out, out), images, out)
-    print(f"prior in {out / 'prior'}; pictures in {out}")
+        first_stage = train_first_stage(config, images, validation[range(len(validation))]["image"], out)
+        train_unet(config, first_stage, images, out)
+    print(f"prior in {out / 'prior'}; samples in {out / 'samples.png'}")
 
 
 if __name__ == "__main__":

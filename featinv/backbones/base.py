@@ -66,7 +66,8 @@ class Backbone(nn.Module):
             )
         size = (self.input_size, self.input_size)
         if tuple(images.shape[-2:]) != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            # Bicubic resizing has no half precision on CPUs.
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False)
         return (images - self.mean) / self.std
 
     @property

@@ -154,9 +154,8 @@ class FirstStage(nn.Module):
         return self.posterior(images)[0]
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), in [0, 1] if `clamp`."""
+        """Scaled latents (N, C, h, w) -> float32 images (N, 3, H, W), in [0, 1] if `clamp`."""
         scale, shift = self._scale()
-        # Bicubic resizing, with which every backbone begins, has no half precision on CPUs.
         images = self.synthesise(latents / scale + shift).float()
         return images.clamp(0, 1) if clamp else images
 

@@ -105,12 +105,17 @@ class FirstStageModule(pl.LightningModule):
         loss = 4 * error + self.kl_weight * kl  # 4: the error on the autoencoder's own range [-1, 1]
         self.log("train/psnr", -10 * error.detach().log10(), prog_bar=True)
         if backbone is not None:
-            with torch.no_grad():
-                wanted = backbone(images[: self.feature_rows]).flatten(1)
-            cosine = F.cosine_similarity(backbone(again[: self.feature_rows].clamp(0, 1)).flatten(1), wanted).mean()
+            cosine = self._cosine(backbone, images[: self.feature_rows], again[: self.feature_rows].float())
             loss = loss + self.feature_weight * (1 - cosine)
             self.log("train/cosine", cosine.detach(), prog_bar=True)
         return loss
+
+    def _cosine(self, backbone: Backbone, images: Tensor, again: Tensor) -> Tensor:
+        # In float32: differences of maps are small beside the maps.
+        with torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = backbone(images).flatten(1)
+            return F.cosine_similarity(backbone(again.clamp(0, 1)).flatten(1), wanted).mean()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, the shortcut at a twentieth of the rate, cosine schedule."""
