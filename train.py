@@ -18,13 +18,11 @@ from omegaconf import DictConfig
 
 from featinv.cli import parse_command_line
 from featinv.config import instantiate
-from featinv.diffusion.half import store_half
-from featinv.errors import UserError, exit_on_user_error
+from featinv.errors import exit_on_user_error
 from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
-from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.module import InversionModule
 from featinv.training.plan import plan
-from featinv.training.precision import lightning_precision
+from featinv.training.precision import hasten
 from featinv.training.probe import FeatureProbe
 from featinv.training.rows import held_out_images, keep_config, prepare, start_from, training_rows
 from featinv.training.runner import fit, hold_run
@@ -67,12 +65,7 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
     dataset, probe_images = training_rows(config, module, out), held_out_images(config, settings.probe_images)
     prepare(module, dataset, settings.prepare_images, out)
     start_from(module, settings.get("start"), out)
-    if lightning_precision(settings.precision) == "bf16-mixed" and isinstance(inverter, DiffusionInverter):
-        store_half(inverter.prior.unet)
-    if settings.compile:
-        if not isinstance(inverter, DiffusionInverter):
-            raise UserError(f"training.compile: {type(inverter).__name__} has no UNet to compile.")
-        inverter.compile_networks()
+    hasten(inverter, settings)
     probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)
     fit(
         module,

@@ -4,18 +4,20 @@ import math
 import pytest
 import torch
 from conftest import save_tiny, tiny_config, tiny_first_stage, tiny_prior
+from omegaconf import OmegaConf
 from test_training import _module
 from torch import nn
 
 from featinv.backbones import load_backbone
 from featinv.data.memory import InMemoryImages
 from featinv.data.scenes import ScenesDataset
-from featinv.diffusion.half import store_half
+from featinv.diffusion.half import saved_bytes, store_half
 from featinv.errors import UserError
 from featinv.inverters.build import load_trained
+from featinv.inverters.upconv import UpconvInverter
 from featinv.training.adversary import Adversary
 from featinv.training.consistency import SampleConsistency
-from featinv.training.precision import draw_in, fast_bfloat16
+from featinv.training.precision import draw_in, fast_bfloat16, hasten
 from featinv.training.prior_modules import FirstStageModule
 from featinv.training.probe import FeatureProbe
 from featinv.training.runner import fit
@@ -27,12 +29,18 @@ def _trained(folder, backbone):
     return load_trained(folder / "run").inverter
 
 
+def _bytes(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
 def test_stored_half_a_frozen_network_computes_what_autocast_does() -> None:
     unet, inputs = tiny_prior().unet.requires_grad_(False), torch.randn(2, 4, 4, 4)
     call = {"timestep": torch.tensor([3, 700]), "encoder_hidden_states": torch.randn(2, 3, 8), "return_dict": False}
     with torch.autocast("cpu", torch.bfloat16):
         expected = unet(inputs, **call)[0]
+        size, saved = _bytes(unet), saved_bytes(unet)
         store_half(unet)
+        assert size - _bytes(unet) == saved > 0.4 * size
         assert torch.equal(unet(inputs, **call)[0], expected)
     kinds = {type(layer): layer.weight.dtype for layer in unet.modules() if getattr(layer, "weight", None) is not None}
     assert kinds[nn.Conv2d] == kinds[nn.Linear] == torch.bfloat16 and kinds[nn.GroupNorm] == torch.float32
@@ -47,7 +55,7 @@ def test_what_is_trained_keeps_its_precision() -> None:
 def test_a_halved_inverter_draws_nearly_the_same_pictures(tmp_path, backbone) -> None:
     inverter, features = _trained(tmp_path, backbone), backbone(torch.rand(3, 3, 32, 32))
     exact, mean = inverter.invert(features, seeds=[1, 2, 3]), inverter.posterior_mean(features)
-    size = sum(p.numel() * p.element_size() for p in inverter.prior.unet.parameters())
+    size = _bytes(inverter.prior.unet)
     assert draw_in(inverter, "fp32") == "fp32" and torch.equal(inverter.invert(features, seeds=[1, 2, 3]), exact)
     assert draw_in(inverter, "bf16") == "bf16"
     drawn = inverter.invert(features, seeds=[1, 2, 3])
@@ -55,7 +63,7 @@ def test_a_halved_inverter_draws_nearly_the_same_pictures(tmp_path, backbone) ->
     assert float((drawn - exact).abs().mean()) < 0.01
     torch.testing.assert_close(inverter.invert(features[1:2], seeds=[2]), drawn[1:2], atol=0.02, rtol=0)
     assert torch.equal(inverter.posterior_mean(features), mean)
-    assert sum(p.numel() * p.element_size() for p in inverter.prior.unet.parameters()) < 0.55 * size
+    assert _bytes(inverter.prior.unet) < 0.55 * size
 
 
 def test_auto_halves_where_the_hardware_gains_by_it(tmp_path, backbone) -> None:
@@ -114,3 +122,14 @@ def test_a_first_stage_trains_in_half_precision(tmp_path, backbone, images) -> N
     fit(FirstStageModule(first_stage, backbone, max_steps=2, warmup_steps=1), images, tmp_path, **SHORT)
     assert not torch.equal(first_stage.vae.decoder.conv_out.weight, before)
     assert first_stage.decode(torch.randn(1, 4, 4, 4)).isfinite().all()
+
+
+def test_a_run_is_hastened_as_its_settings_allow(inverter, backbone) -> None:
+    kept = {"precision": "bf16", "strategy": "fsdp", "compile": False}
+    unet = inverter.prior.unet
+    hasten(inverter, OmegaConf.create(kept))
+    assert unet.conv_in.weight.dtype == torch.float32  # fsdp splits weights of one format only
+    hasten(inverter, OmegaConf.create(kept | {"strategy": "auto"}))
+    assert unet.conv_in.weight.dtype == torch.bfloat16 and inverter.branch.conv_in.weight.dtype == torch.float32
+    with pytest.raises(UserError, match="no UNet to compile"):
+        hasten(UpconvInverter(backbone.spec, size=32), OmegaConf.create(kept | {"compile": True}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,20 @@ def store_half(network: nn.Module) -> None:
     Autocast multiplies in bfloat16 anyway, so the results are the same, from half the memory; the network must run
     under autocast from now on. Normalisation keeps its float32.
     """
+    for layer in _multiplying(network):
+        layer.to(torch.bfloat16)
+
+
+def saved_bytes(network: nn.Module) -> int:
+    """What `store_half` saves of a network in float32."""
+    return sum(2 * p.numel() for layer in _multiplying(network) for p in layer.parameters())
+
+
+def _multiplying(network: nn.Module) -> Iterator[nn.Module]:
+    """Frozen convolutions and linear layers."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
-            layer.to(torch.bfloat16)
+            yield layer
 
 
 def half_arithmetic(device: torch.device, half: bool) -> contextlib.AbstractContextManager[Any]:

@@ -21,12 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate
 from featinv.diffusion.architectures import outline_prior
+from featinv.diffusion.half import saved_bytes
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.inverters.build import build_inverter
 from featinv.training.cache import cache_bytes
 from featinv.training.costs import BYTES_TRAINED, StepCost, matmul_peak, step_cost
-from featinv.training.precision import lightning_precision
+from featinv.training.precision import lightning_precision, stores_half
 
 IMAGENET_IMAGES = 1_281_167
 SHARES = (0.4, 0.15)
@@ -127,13 +128,16 @@ def _memory(config: DictConfig, backbone: Backbone, inverter: Any, cost: StepCos
     frozen = sum(p.numel() for p in [*inverter.parameters(), *backbone.parameters()]) - trained
     average = config.training.module.params.get("ema_decay", 1)
     sizes = {f"trained {name}": size * trained for name, size in BYTES_TRAINED.items() if average or name != "average"}
-    sizes = {"frozen weights": 4 * frozen, **sizes, f"activations of {cost.images} images": cost.activations}
     half = lightning_precision(config.training.precision) != "32-true"
+    prior = getattr(inverter, "prior", None)
+    saved = saved_bytes(prior.unet) if stores_half(config.training) and isinstance(prior, DiffusionPrior) else 0
+    activations = {f"activations of {cost.images} images": cost.activations}
+    sizes = {"frozen weights": 4 * frozen - saved, **sizes, **activations}
     for name, size in sizes.items():
         yield f"{name:32s}{_gigabytes(size)}"
     yield f"{'memory in all':32s}{_gigabytes(sum(sizes.values()))}  on each device"
     yield "  activations: what autograd keeps, counted in fp32" + (
-        "; bf16 about halves them and adds at most 2 bytes for each weight that it casts." if half else "."
+        "; bf16 about halves them and adds at most 2 bytes for each trained weight." if half else "."
     )
 
 
