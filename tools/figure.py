@@ -98,6 +98,7 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
     rows = {"original": images}
     for number, (name, trained) in enumerate(tqdm(loaded.items(), desc="drawing", unit="inverter")):
         backbone, title, kinds = trained.load_backbone(), _title(loaded, name), split_name(name)[1]
+        plain = title.partition("+")[0].strip()
         inverter = matched(trained.inverter, backbone, kinds, config.params)
         for k in range(config.samples):
             seeds = [sample_seed(config.seed, image_id, k) for image_id in ids]
@@ -105,14 +106,12 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
         first = next(other for other in loaded if split_name(other)[0] == split_name(name)[0])
         if config.posterior_mean and name == first and isinstance(trained.inverter, DiffusionInverter):
             with torch.no_grad():
-                rows[f"{title.partition('+')[0].strip()}\nposterior mean"] = trained.inverter.posterior_mean(
-                    backbone(images)
-                )
+                rows[f"{plain}\nposterior mean"] = trained.inverter.posterior_mean(backbone(images))
         if config.baselines and (number == 0 or len(config.baselines) > 1):
             chosen = config.baselines[number]
             other, own = baseline(chosen, trained, backbone, config.params)
             seeds = [sample_seed(config.seed, image_id, 0) for image_id in ids]
-            layer = title if own is backbone else own.spec.layer  # a trained baseline may read another layer
+            layer = plain if own is backbone else own.spec.layer  # a trained baseline may read another layer
             rows[f"{layer}\n{Path(chosen).name}"] = drawn(other, own, images, seeds)
     return rows
 
