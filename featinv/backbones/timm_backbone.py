@@ -64,7 +64,12 @@ class TimmBackbone(Backbone):
     @property
     def layers(self) -> list[str]:
         """Names in timm's feature list, then "final"; any other module's name works as well."""
-        return [*(info["module"] for info in getattr(self.model, "feature_info", [])), "final"]
+        return [*self._listed, "final"]
+
+    @property
+    def _listed(self) -> list[str]:
+        """Names in timm's feature list."""
+        return [info["module"] for info in getattr(self.model, "feature_info", [])]
 
     def _cut(self) -> None:
         self._extract = self._choose(self.layer)
@@ -72,7 +77,7 @@ class TimmBackbone(Backbone):
     def _choose(self, layer: str) -> Callable[[Tensor], Tensor]:
         if layer == "final":
             return lambda x: self._nchw(self.model.forward_features(x))
-        listed = [info["module"] for info in getattr(self.model, "feature_info", [])]
+        listed = self._listed
         if layer in listed and hasattr(self.model, "forward_intermediates"):
             index = _intermediate_index(self.model, listed, layer)
             if index is not None:
@@ -113,7 +118,7 @@ class TimmBackbone(Backbone):
         Raises:
             UserError: As `at`.
         """
-        listed = [info["module"] for info in getattr(self.model, "feature_info", [])]
+        listed = self._listed
         inner = set(layers) - {"final"}
         if not inner or not inner <= set(listed) or not hasattr(self.model, "forward_intermediates"):
             return super().maps(images, layers)
