@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_first_stage
 from forks import in_two_processes
 from test_training import _dies_at, _Killed, _module
 
@@ -10,6 +11,7 @@ from featinv.processes import process_rank
 from featinv.training.adversary import PIXELS, Adversary
 from featinv.training.batches import BatchedRows
 from featinv.training.consistency import SampleConsistency
+from featinv.training.prior_modules import FirstStageModule
 from featinv.training.runner import fit
 
 
@@ -122,6 +124,54 @@ def test_a_resumed_run_has_the_adversary_of_an_uninterrupted_one(tmp_path, backb
         assert torch.equal(value, judges[1].state_dict()[name]), name
     for name, value in whole.inverter.trainable_state().items():
         assert torch.equal(value, resumed.inverter.trainable_state()[name]), name
+    assert not any("heads" in name for name in whole.state_dict())
+
+
+def _decoder_module(backbone, adversary: Adversary | None) -> FirstStageModule:
+    torch.manual_seed(0)
+    stage = tiny_first_stage(shortcut=True)
+    stage.shortcut.fit(_batch()["image"])
+    return FirstStageModule(stage, backbone, max_steps=4, warmup_steps=1, decoder_only=True, adversary=adversary)
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    return {"image": torch.stack([_Pictures()[row]["image"] for row in range(8)])}
+
+
+def test_a_decoder_is_pulled_by_the_weighted_judgement_alone(backbone, adversary) -> None:
+    plain, judged = _decoder_module(backbone, None), _decoder_module(backbone, adversary)
+    adversary.steps, adversary.weight = 5, 0.25
+    for module in (plain, judged):
+        module.log = lambda *_, **__: None
+    without, term = (float(module.training_step(_batch(), 0)) for module in (plain, judged))
+    stage, rows = judged.first_stage, judged.feature_rows
+    with torch.no_grad():
+        latents = stage.distribution(_batch()["image"]).sample(torch.Generator().manual_seed(0))
+        again = stage.synthesise(latents)[:rows].clamp(0, 1)
+        scores = adversary.eval().logits(again, backbone.maps(again, adversary.maps))
+    assert adversary.steps == 6
+    expected = -float(torch.stack([s.mean() for s in scores]).mean())
+    assert term - without == pytest.approx(0.25 * expected, abs=5e-3)
+    with pytest.raises(UserError, match="backbone"):
+        _decoder_module(None, Adversary(layers=[PIXELS]))
+
+
+def test_a_resumed_decoder_has_the_adversary_of_an_uninterrupted_one(tmp_path, backbone) -> None:
+    def module() -> FirstStageModule:
+        return _decoder_module(backbone, Adversary(layers=[PIXELS, "layer1"], width=4, warmup_steps=1))
+
+    settings = {"max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
+    whole, rows = module(), BatchedRows(_Pictures())
+    fit(whole, rows, tmp_path / "whole", **settings)
+    with pytest.raises(_Killed):
+        fit(_dies_at(module(), 3), rows, tmp_path / "cut", **settings)
+    resumed = module()
+    fit(resumed, rows, tmp_path / "cut", **settings)
+    judges = [x._adversary[0] for x in (whole, resumed)]
+    assert judges[0].steps == judges[1].steps == 4
+    for one, other in (judges, (whole.first_stage, resumed.first_stage)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
     assert not any("heads" in name for name in whole.state_dict())
 
 

@@ -62,11 +62,12 @@ def ssim(original: Tensor, reconstruction: Tensor) -> Tensor:
     check_images(original, reconstruction)
     if min(original.shape[2:]) < SSIM_MIN_SIZE:
         raise UserError(f"SSIM needs images of at least 11 x 11 pixels, not {tuple(original.shape[2:])}.")
+    # In float32, a tenth of float64's time on a CPU and the same to 1e-4: the window's convolution is the whole cost.
     values = structural_similarity_index_measure(
-        reconstruction.double(), original.double(), data_range=1.0, reduction="none"
+        reconstruction.float(), original.float(), data_range=1.0, reduction="none"
     )
     assert isinstance(values, Tensor)
-    return values
+    return values.double()
 
 
 def _check_samples(samples: Tensor, ndim: int, shape: str) -> None:

@@ -15,6 +15,8 @@ from featinv.diffusion.controlled_unet import unconditional
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
+from featinv.errors import UserError
+from featinv.training.adversary import Adversary
 from featinv.training.ema import EMA, match_layout
 from featinv.training.module import sample_seeds
 
@@ -53,7 +55,12 @@ class FirstStageModule(pl.LightningModule):
             only ever saw exact latents turns a hundredth of error into visible grain (noise-augmented decoding as in
             RAE, arXiv 2510.11690, section 4.3). 0 leaves it out.
         decoder_only: Leave the encoder as it is, so that latents stay what they are: a last polish.
+        adversary: Tells round trips from pictures (`Adversary`, on the rows of the feature term): grain that squared
+            error and one layer's cosine do not mind.
         seed: Of the posterior draws.
+
+    Raises:
+        UserError: If there is an adversary but no backbone, on whose maps it looks.
     """
 
     def __init__(
@@ -68,10 +75,16 @@ class FirstStageModule(pl.LightningModule):
         feature_rows: int = 6,
         latent_noise: float = 0.0,
         decoder_only: bool = False,
+        adversary: Adversary | None = None,
         seed: int = 0,
     ):
         super().__init__()
-        self.first_stage, self._backbone = first_stage, [backbone]
+        # In a list: no part of the module tree, which the autoencoder's optimizer and checkpoints are of.
+        self.first_stage, self._backbone, self._adversary = first_stage, [backbone], [adversary]
+        if adversary is not None:
+            if backbone is None:
+                raise UserError("an adversary looks at a backbone's maps; give one, or leave the adversary out.")
+            adversary.build(backbone)
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.kl_weight, self.feature_weight, self.feature_rows = kl_weight, feature_weight, feature_rows
         self.latent_noise, self.seed = latent_noise, seed
@@ -86,6 +99,8 @@ class FirstStageModule(pl.LightningModule):
         """Follow Lightning's device with what is no part of this module's tree."""
         if self._backbone[0] is not None:
             self._backbone[0] = self._backbone[0].to(self.device)
+        if self._adversary[0] is not None:
+            self._adversary[0].follow(self.device)
 
     def _disturb(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (N, C, h, w) with noise of a random strength on every second row."""
@@ -105,17 +120,34 @@ class FirstStageModule(pl.LightningModule):
         loss = 4 * error + self.kl_weight * kl  # 4: the error on the autoencoder's own range [-1, 1]
         self.log("train/psnr", -10 * error.detach().log10(), prog_bar=True)
         if backbone is not None:
-            cosine = self._cosine(backbone, images[: self.feature_rows], again[: self.feature_rows].float())
-            loss = loss + self.feature_weight * (1 - cosine)
-            self.log("train/cosine", cosine.detach(), prog_bar=True)
+            loss = loss + self._judge(backbone, images[: self.feature_rows], again[: self.feature_rows].float())
         return loss
 
-    def _cosine(self, backbone: Backbone, images: Tensor, again: Tensor) -> Tensor:
+    def _judge(self, backbone: Backbone, images: Tensor, again: Tensor) -> Tensor:
+        """The weighted feature term and the adversary's, of originals and round trips (N, 3, H, W)."""
+        adversary, again = self._adversary[0], again.clamp(0, 1)
+        layers = [backbone.layer, *(adversary.maps if adversary is not None else [])]
         # In float32: differences of maps are small beside the maps.
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
-                wanted = backbone(images).flatten(1)
-            return F.cosine_similarity(backbone(again.clamp(0, 1)).flatten(1), wanted).mean()
+                wanted, *originals = backbone.maps(images, layers)
+            own, *maps = backbone.maps(again, layers)
+            cosine = F.cosine_similarity(own.flatten(1), wanted.flatten(1)).mean()
+            self.log("train/cosine", cosine.detach(), prog_bar=True)
+            term = self.feature_weight * (1 - cosine)
+            if adversary is not None:
+                term = term + adversary.weight * adversary(again, maps, images, originals)
+                self.log("train/adversary", adversary.hinge, prog_bar=True)
+        return term
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adversary beside the autoencoder."""
+        checkpoint["adversary"] = self._adversary[0].training_state() if self._adversary[0] is not None else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the adversary; Lightning restores the rest."""
+        if self._adversary[0] is not None and checkpoint.get("adversary") is not None:
+            self._adversary[0].restore(checkpoint["adversary"])
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, the shortcut at a twentieth of the rate, cosine schedule."""
