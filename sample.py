@@ -31,7 +31,7 @@ from featinv.errors import UserError, exit_on_user_error
 from featinv.image import make_grid, save_png
 from featinv.inverters.build import Trained, load_trained
 from featinv.inverters.reconstruct import Reconstructions, reconstruct
-from featinv.processes import own_device, process_group, process_rank
+from featinv.processes import keep_freed_memory, own_device, process_group, process_rank
 from featinv.training.precision import draw_in
 
 
@@ -139,6 +139,7 @@ def main() -> None:
     """Read the command line, sample."""
     command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "sample.yaml"))
     out = command.out or Path("runs/samples")
+    keep_freed_memory()
     with process_group():
         made = sample(command.config, out)
     print(f"{len(made.ids)} images x {command.config.samples} samples in {out}; look at {out / 'grid.png'}")

@@ -20,6 +20,7 @@ from featinv.cli import parse_command_line
 from featinv.config import instantiate
 from featinv.errors import exit_on_user_error
 from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
+from featinv.processes import keep_freed_memory
 from featinv.training.module import InversionModule
 from featinv.training.plan import plan
 from featinv.training.precision import hasten
@@ -103,6 +104,7 @@ def main() -> None:
         "changed": "go on with a run that was begun with other settings",
     }
     command = parse_command_line(__doc__ or "", "scenes64", flags)
+    keep_freed_memory()
     train(command.config, command.out or Path("runs") / command.name, *(flag in command.flags for flag in flags))
 
 

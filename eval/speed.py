@@ -8,8 +8,8 @@ python -m eval.speed --only sampling      without the training steps
 reference  the published code's way: features one image at a time, first stage and text encoder in every step, fp32;
            sampling one image at a time, DDIM 50, two evaluations a step, the hint block in each
 default    ours: latents and features from a cache, the prompts' embeddings kept, bf16 where the hardware has it,
-           channels_last, fused AdamW, a weight average; sampling in batches, the embedding once for each image,
-           UniPC 10, no guidance
+           channels_last, fused AdamW, a weight average, freed memory kept (CPU); sampling in batches, the embedding
+           once for each image, UniPC 10, no guidance
 light      ours with the branch that runs once per image (docs/recipe.md), in the few sampling steps that suffice after
            training with `SampleConsistency` (docs/results.md, "Sampling steps")
 
@@ -41,6 +41,7 @@ from featinv.errors import exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.build import build_inverter
 from featinv.inverters.diffusion import DiffusionInverter
+from featinv.processes import keep_freed_memory
 from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
 from featinv.training.ema import EMA
 from featinv.training.precision import draw_in, fast_bfloat16
@@ -242,7 +243,7 @@ def compare(
         only: "training" or "sampling".
 
     Yields:
-        "reference training" and its figures, and so on, as they are measured.
+        "reference training" and its figures, and so on, as they are measured: first the reference, then ours.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = torch.bfloat16 if fast_bfloat16() else torch.float32
@@ -250,14 +251,17 @@ def compare(
     print(
         f"peak: {full_peak / 1e12:.3g} TFLOP/s in fp32, {half_peak / 1e12:.3g} in {half}, on {device.type}", flush=True
     )
-    for work in [only] if only else ["training", "sampling"]:
+    works = [only] if only else ["training", "sampling"]
+    for work in works:
         cost = measure_reference(size, batch, repeats, reference_steps, device, work)
         yield f"reference {work}", cost.figures(batch if work == "training" else 1, full_peak)
+        gc.collect()
+    keep_freed_memory()  # as our commands do
+    for work in works:
         for name, changes in OURS.items():
-            gc.collect()
             cost = measure_ours(size, batch, repeats, compiled, device, work, changes)
             yield f"{name} {work}", cost.figures(batch, half_peak)
-        gc.collect()
+            gc.collect()
 
 
 @exit_on_user_error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import tarfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_prior
-from forks import in_two_processes
+from forks import in_a_process, in_two_processes
 
 from featinv.checkpoint import load_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
@@ -19,7 +20,7 @@ from featinv.errors import UserError
 from featinv.image import save_png
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.upconv import UpconvInverter
-from featinv.processes import is_first_process, process_rank, torchrun_layout
+from featinv.processes import is_first_process, keep_freed_memory, process_rank, return_freed_memory, torchrun_layout
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
 from featinv.training.probe import FeatureProbe
@@ -165,3 +166,29 @@ def test_the_first_of_all_machines_holds_the_folder(monkeypatch, variables, firs
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_first_process() == first and torchrun_layout() == layout
+
+
+def test_kept_memory_is_not_faulted_in_again_and_can_be_returned() -> None:
+    megabytes = 100  # beyond what glibc keeps by itself
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(megabytes << 18)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+    def work() -> None:
+        pages = (megabytes << 20) / resource.getpagesize()
+        assert min(faults() for _ in range(3)) > 0.5 * pages
+        assert keep_freed_memory()
+        for _ in range(9):  # until neighbouring holes have grown together
+            faults()
+        assert max(faults() for _ in range(3)) < 0.05 * pages
+        kept = resident()
+        return_freed_memory()
+        assert resident() < kept - 0.8 * megabytes
+
+    in_a_process(work)

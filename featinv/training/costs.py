@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featinv.diffusion.prior import DiffusionPrior
+from featinv.processes import return_freed_memory
 
 BYTES_TRAINED = {"weights": 4, "gradients": 4, "AdamW's moments": 8, "average": 4}
 """Bytes for each trained parameter: all of them in float32, also under bf16 autocast."""
@@ -105,6 +106,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
 
 
