@@ -35,7 +35,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate, load_config
 from featinv.diffusion.architectures import ARCHITECTURES, random_prior
-from featinv.diffusion.half import store_half
 from featinv.diffusion.samplers import sample
 from featinv.errors import exit_on_user_error
 from featinv.files import write_json
@@ -44,7 +43,7 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.processes import keep_freed_memory
 from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
 from featinv.training.ema import EMA
-from featinv.training.precision import draw_in, fast_bfloat16
+from featinv.training.precision import draw_in, fast_bfloat16, hasten
 
 
 @dataclass(frozen=True)
@@ -218,13 +217,12 @@ def measure_ours(
 ) -> Cost:
     """Training or sampling in one of our ways."""
     nets = networks("convnext_base", size, batch, device, changes)
-    if compiled:
-        nets.inverter.compile_networks()
     if work == "training":
-        if fast_bfloat16():
-            store_half(nets.inverter.prior.unet)
+        hasten(nets.inverter, OmegaConf.create({"precision": "auto", "strategy": "auto", "compile": compiled}))
         return measure(default_training(nets), repeats, device)
     nets.inverter.requires_grad_(False)
+    if compiled:
+        nets.inverter.compile_networks()
     draw_in(nets.inverter, "auto")
     return measure(lambda: default_sampling(nets), repeats, device)
 
