@@ -57,7 +57,7 @@ def prior_yaml(folder: Path) -> Path:
 def test_a_bundle_draws_as_the_run_and_says_where_it_came_from(run, tmp_path, backbone, monkeypatch, capsys) -> None:
     weights, family = tmp_path / "weights", tmp_path / "weights" / "fam"
     call("prior", run, "fam", "--into", weights, "--config", prior_yaml(tmp_path), "--machine", "an abacus")
-    call("inverter", run, "fam/one", "--into", weights, "--machine", "an abacus")
+    call("inverter", run, "fam/one", "--into", weights, "--machine", "an abacus", "--set", "training.batch_size=8")
     printed = capsys.readouterr().out
     assert "inverters/one.safetensors  (new)" in printed and "in all, of 60" in printed
     for path in family.rglob("*"):
@@ -68,6 +68,7 @@ def test_a_bundle_draws_as_the_run_and_says_where_it_came_from(run, tmp_path, ba
     config = read_header(family / "inverters" / "one.safetensors")["featinv"]["config"]
     assert config["data"]["params"]["val"]["params"]["urls"] == "${oc.env:PHOTOS_ROOT,data/photos64}/val-*.tar*"
     assert config["prior"] == "fam"
+    assert config["training"]["batch_size"] == 8  # a number, as in the run
     for module in ("featinv.inverters.build", "featinv.diffusion.prior"):
         monkeypatch.setattr(f"{module}.WEIGHTS_ROOT", weights)
     features = backbone(torch.rand(2, 3, 32, 32))

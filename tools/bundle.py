@@ -132,10 +132,10 @@ def portable(config: DictConfig, bundle: str, changes: Sequence[str] = ()) -> di
     for path in sorted((CONFIG_ROOT / "data").glob("*.yaml")):
         _restore_interpolations(config, path)
     for word in changes:
-        key, _, value = word.partition("=")
+        key = word.partition("=")[0]
         if OmegaConf.select(config, key) is None:
             raise UserError(f"--set {word}: unknown key {key!r}; {nearest(key, all_keys(config))}")
-        OmegaConf.update(config, key, value)
+        config.merge_with_dotlist([word])  # reads numbers as numbers
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     for key, value in _leaves(plain).items():
         if any(isinstance(v, str) and os.path.isabs(v) for v in (value if isinstance(value, list) else [value])):
