@@ -4,13 +4,15 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_prior
-from forks import in_a_process, in_two_processes
+from forks import in_two_processes
 
 from featinv.checkpoint import load_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
@@ -168,27 +170,31 @@ def test_the_first_of_all_machines_holds_the_folder(monkeypatch, variables, firs
     assert is_first_process() == first and torchrun_layout() == layout
 
 
-def test_kept_memory_is_not_faulted_in_again_and_can_be_returned() -> None:
+def _faults(megabytes: int) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(megabytes << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def _resident() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def keeps_and_returns_memory() -> None:
     megabytes = 100  # beyond what glibc keeps by itself
+    pages = (megabytes << 20) / resource.getpagesize()
+    assert min(_faults(megabytes) for _ in range(3)) > 0.5 * pages
+    assert keep_freed_memory()
+    for _ in range(9):  # until neighbouring holes have grown together
+        _faults(megabytes)
+    assert max(_faults(megabytes) for _ in range(3)) < 0.05 * pages
+    kept = _resident()
+    return_freed_memory()
+    assert _resident() < kept - 0.8 * megabytes
 
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(megabytes << 18)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    def resident() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
-
-    def work() -> None:
-        pages = (megabytes << 20) / resource.getpagesize()
-        assert min(faults() for _ in range(3)) > 0.5 * pages
-        assert keep_freed_memory()
-        for _ in range(9):  # until neighbouring holes have grown together
-            faults()
-        assert max(faults() for _ in range(3)) < 0.05 * pages
-        kept = resident()
-        return_freed_memory()
-        assert resident() < kept - 0.8 * megabytes
-
-    in_a_process(work)
+def test_kept_memory_is_not_faulted_in_again_and_can_be_returned() -> None:
+    # A new interpreter: other tests run commands in this process, which set the same.
+    code = "import test_processes; test_processes.keeps_and_returns_memory()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
