@@ -96,7 +96,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep freed memory for its next buffers, instead of getting it from the system page by page.
 
     On a CPU a step through full-size networks takes and frees buffers of a hundred megabytes; faulting in their pages
-    was a sixth of its time (docs/results.md, "Speed at full size"). The peak stays; memory is returned at the end only.
+    was a sixth of its time (docs/results.md, "Speed at full size"). The peak rises a little, by the holes between kept
+    buffers; memory is returned at the end only.
 
     Returns:
         Whether the C library has such settings (glibc, that is Linux).

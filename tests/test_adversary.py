@@ -106,25 +106,33 @@ class _Pictures:
         }
 
 
+def _whole_and_resumed(module, tmp_path) -> list:
+    """Two trainings of what `module` makes, the second killed in its fourth step and begun again."""
+    settings = {"max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
+    (whole, resumed), rows = (module(), module()), BatchedRows(_Pictures())
+    fit(whole, rows, tmp_path / "whole", **settings)
+    with pytest.raises(_Killed):
+        fit(_dies_at(module(), 3), rows, tmp_path / "cut", **settings)
+    fit(resumed, rows, tmp_path / "cut", **settings)
+    return [whole, resumed]
+
+
+def _assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
 def test_a_resumed_run_has_the_adversary_of_an_uninterrupted_one(tmp_path, backbone) -> None:
     def module():
         adversary = Adversary(layers=[PIXELS, "layer1"], width=4, warmup_steps=1)
         return _module(backbone, consistency=SampleConsistency(rows=2, adversary=adversary))
 
-    settings = {"max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
-    whole, rows = module(), BatchedRows(_Pictures())
-    fit(whole, rows, tmp_path / "whole", **settings)
-    with pytest.raises(_Killed):
-        fit(_dies_at(module(), 3), rows, tmp_path / "cut", **settings)
-    resumed = module()
-    fit(resumed, rows, tmp_path / "cut", **settings)
-    judges = [x.consistency.adversary for x in (whole, resumed)]
+    modules = _whole_and_resumed(module, tmp_path)
+    judges = [x.consistency.adversary for x in modules]
     assert judges[0].steps == judges[1].steps == 4
-    for name, value in judges[0].state_dict().items():
-        assert torch.equal(value, judges[1].state_dict()[name]), name
-    for name, value in whole.inverter.trainable_state().items():
-        assert torch.equal(value, resumed.inverter.trainable_state()[name]), name
-    assert not any("heads" in name for name in whole.state_dict())
+    _assert_equal(*(judge.state_dict() for judge in judges))
+    _assert_equal(*(x.inverter.trainable_state() for x in modules))
+    assert not any("heads" in name for name in modules[0].state_dict())
 
 
 def _decoder_module(backbone, adversary: Adversary | None) -> FirstStageModule:
@@ -160,19 +168,12 @@ def test_a_resumed_decoder_has_the_adversary_of_an_uninterrupted_one(tmp_path, b
     def module() -> FirstStageModule:
         return _decoder_module(backbone, Adversary(layers=[PIXELS, "layer1"], width=4, warmup_steps=1))
 
-    settings = {"max_steps": 4, "batch_size": 2, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
-    whole, rows = module(), BatchedRows(_Pictures())
-    fit(whole, rows, tmp_path / "whole", **settings)
-    with pytest.raises(_Killed):
-        fit(_dies_at(module(), 3), rows, tmp_path / "cut", **settings)
-    resumed = module()
-    fit(resumed, rows, tmp_path / "cut", **settings)
-    judges = [x._adversary[0] for x in (whole, resumed)]
+    modules = _whole_and_resumed(module, tmp_path)
+    judges = [x._adversary[0] for x in modules]
     assert judges[0].steps == judges[1].steps == 4
-    for one, other in (judges, (whole.first_stage, resumed.first_stage)):
-        for name, value in one.state_dict().items():
-            assert torch.equal(value, other.state_dict()[name]), name
-    assert not any("heads" in name for name in whole.state_dict())
+    _assert_equal(*(judge.state_dict() for judge in judges))
+    _assert_equal(*(x.first_stage.state_dict() for x in modules))
+    assert not any("heads" in name for name in modules[0].state_dict())
 
 
 def test_two_processes_keep_the_heads_of_one(tmp_path, backbone) -> None:
