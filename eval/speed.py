@@ -13,16 +13,19 @@ default    ours: latents and features from a cache, the prompts' embeddings kept
 light      ours with the branch that runs once per image (docs/recipe.md), in the few sampling steps that suffice after
            training with `SampleConsistency` (docs/results.md, "Sampling steps")
 
-This is speed alone; how well each samples is the business of eval.benchmark. Weights are random: they change no time.
+Each is measured in an interpreter of its own, one after the other. This is speed alone; how well each samples is the
+business of eval.benchmark. Weights are random: they change no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate, load_config
 from featinv.diffusion.architectures import ARCHITECTURES, random_prior
 from featinv.diffusion.samplers import sample
-from featinv.errors import exit_on_user_error
+from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.build import build_inverter
 from featinv.inverters.diffusion import DiffusionInverter
@@ -216,6 +219,7 @@ def measure_ours(
     size: str, batch: int, repeats: int, compiled: bool, device: torch.device, work: str, changes: Sequence[str]
 ) -> Cost:
     """Training or sampling in one of our ways."""
+    keep_freed_memory()  # as our commands do
     nets = networks("convnext_base", size, batch, device, changes)
     if work == "training":
         hasten(nets.inverter, OmegaConf.create({"precision": "auto", "strategy": "auto", "compile": compiled}))
@@ -230,7 +234,7 @@ def measure_ours(
 def compare(
     size: str, batch: int, repeats: int, compiled: bool, reference_steps: int, only: str | None = None
 ) -> Iterator[tuple[str, Figures]]:
-    """Measure every way, one after the other, so that no way's memory counts for another.
+    """Measure every way, one after the other.
 
     Args:
         size: A key of `ARCHITECTURES`.
@@ -241,7 +245,7 @@ def compare(
         only: "training" or "sampling".
 
     Yields:
-        "reference training" and its figures, and so on, as they are measured: first the reference, then ours.
+        "reference training" and its figures, and so on, as they are measured: each work's reference first.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = torch.bfloat16 if fast_bfloat16() else torch.float32
@@ -251,15 +255,22 @@ def compare(
     )
     works = [only] if only else ["training", "sampling"]
     for work in works:
-        cost = measure_reference(size, batch, repeats, reference_steps, device, work)
+        cost = _alone(measure_reference, size, batch, repeats, reference_steps, device, work)
         yield f"reference {work}", cost.figures(batch if work == "training" else 1, full_peak)
-        gc.collect()
-    keep_freed_memory()  # as our commands do
-    for work in works:
         for name, changes in OURS.items():
-            cost = measure_ours(size, batch, repeats, compiled, device, work, changes)
+            cost = _alone(measure_ours, size, batch, repeats, compiled, device, work, changes)
             yield f"{name} {work}", cost.figures(batch, half_peak)
-            gc.collect()
+
+
+def _alone(measurement: Callable[..., Cost], *arguments: Any) -> Cost:
+    """Measure in a new interpreter: what one way leaves in memory, or in the allocator, is not another's cost."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measurement, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a measurement's process was killed, most likely for want of memory; take a smaller --batch or --size."
+            ) from error
 
 
 @exit_on_user_error

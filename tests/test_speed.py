@@ -1,7 +1,10 @@
+import os
+
 import pytest
 import torch
 
-from eval.speed import OURS, compare, measure_ours
+from eval.speed import OURS, _alone, compare, measure_ours
+from featinv.errors import UserError
 
 
 @pytest.mark.slow
@@ -19,3 +22,8 @@ def test_a_training_step_is_measured_without_the_first_stage() -> None:
     device = torch.device("cpu")
     full, light = (measure_ours("small", 1, 1, False, device, "training", OURS[name]) for name in ("default", "light"))
     assert 0 < light.flops < full.flops
+
+
+def test_a_measurement_that_is_killed_ends_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="killed.*smaller --batch"):
+        _alone(os._exit, 9)  # type: ignore[arg-type]
