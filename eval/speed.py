@@ -46,6 +46,7 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.processes import keep_freed_memory
 from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
 from featinv.training.ema import EMA
+from featinv.training.optimizers import FusedAdamW
 from featinv.training.precision import draw_in, fast_bfloat16, hasten
 
 
@@ -126,7 +127,7 @@ def reference_training(nets: Networks, text: Callable[[int], Tensor]) -> Callabl
 def default_training(nets: Networks) -> Callable[[], Any]:
     """A step of ours: latents and features from the cache, bf16."""
     inverter = nets.inverter
-    optimizer = torch.optim.AdamW(inverter.trainable_parameters(), lr=1e-5, fused=True)
+    optimizer = FusedAdamW(inverter.trainable_parameters(), lr=1e-5)
     average = EMA({k: p for k, p in inverter.named_parameters() if p.requires_grad})
     with torch.no_grad():
         features, latents = nets.backbone(nets.images), inverter.prior.first_stage.encode(nets.images)

@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from featinv.diffusion.attention import attend_by_size
 from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.half import half_arithmetic
 from featinv.diffusion.light_branch import LightBranch, Residuals
@@ -61,6 +62,7 @@ def control_branch(unet: UNet2DConditionModel) -> ControlNetModel:
     """
     branch = ControlNetModel.from_unet(unet)
     branch.controlnet_cond_embedding = nn.Identity()
+    attend_by_size(branch)
     return branch.requires_grad_(True)
 
 

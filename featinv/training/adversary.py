@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
-from featinv.training.ema import match_layout
+from featinv.training.optimizers import match_layout
 
 PIXELS = "pixels"
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, and the optimizer's state beside it."""
+"""Exponential moving average of the trained weights."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from featinv.training.sharding import gathered, placed_as
-
-
-@torch.no_grad()
-def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give restored optimizer state the memory layout of its parameter, which fused optimizers take for granted."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(placed_as(value, parameter))
 
 
 class EMA:

@@ -20,7 +20,8 @@ from featinv.inverters.base import TrainableInverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.adversary import Adversary
 from featinv.training.consistency import Consistency
-from featinv.training.ema import EMA, match_layout
+from featinv.training.ema import EMA
+from featinv.training.optimizers import FusedAdamW, match_layout
 from featinv.training.sharding import gathered, placed_as, shard, unshard
 from featinv.training.teacher import EmbeddingTeacher
 
@@ -204,9 +205,7 @@ class InversionModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with linear warm-up, then a cosine to a twentieth."""
         parameters = list(self.inverter.trainable_parameters())
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True
-        )
+        optimizer = FusedAdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
 
         def factor(step: int) -> float:
             progress = min(1.0, step / self.max_steps)

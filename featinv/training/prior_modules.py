@@ -17,8 +17,9 @@ from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.training.adversary import Adversary
-from featinv.training.ema import EMA, match_layout
+from featinv.training.ema import EMA
 from featinv.training.module import sample_seeds
+from featinv.training.optimizers import FusedAdamW, match_layout
 
 
 def _cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int) -> dict[str, Any]:
@@ -216,12 +217,8 @@ class PriorModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a cosine schedule."""
-        optimizer = torch.optim.AdamW(
-            self.prior.unet.parameters(),
-            lr=self.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=1e-2,
-            fused=True,
+        optimizer = FusedAdamW(
+            self.prior.unet.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
         )
         return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
 

@@ -31,7 +31,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands the optimizer its state, as for unsharded weights; `ema.match_layout` then splits it."""
+        """Lightning hands the optimizer its state as for unsharded weights; `optimizers.match_layout` splits it."""
         return True
 
     def setup_environment(self) -> None:

@@ -1,0 +1,76 @@
+"""AdamW as all trainings use it, and the layout of its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featinv.training.sharding import placed_as
+
+LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+"""(O, I, H, W) -> (O, H, W, I), and back."""
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """AdamW in one pass over the weights.
+
+    The CPU's fused step copies weights that are not contiguous, channels_last ones included, there and back: a tenth of
+    a training step at full size. Their storage is dense, so here it is shown to the step in its own order.
+    """
+
+    def __init__(self, parameters: Iterable[Any], **settings: Any):
+        super().__init__(parameters, fused=True, **settings)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step, after the closure if there is one, whose result is returned."""
+        with torch.enable_grad():
+            result = closure() if closure is not None else None
+        with self._in_storage_order():
+            super().step()
+        return result
+
+    @contextmanager
+    def _in_storage_order(self) -> Iterator[None]:
+        kept = [
+            (p, p.data, p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and _only_channels_last(p)
+        ]
+        for p, data, grad in kept:
+            _replace(p, data.permute(LAST), grad.permute(LAST))
+            self._permute_state(p, LAST)
+        try:
+            yield
+        finally:
+            for p, data, grad in kept:
+                _replace(p, data, grad)
+                self._permute_state(p, FIRST)
+
+    def _permute_state(self, parameter: nn.Parameter, order: tuple[int, ...]) -> None:
+        state = self.state[parameter]
+        state.update({k: v.permute(order) for k, v in state.items() if isinstance(v, Tensor) and v.dim() == 4})
+
+
+def _only_channels_last(parameter: Tensor) -> bool:
+    on_cpu = parameter.device.type == "cpu" and parameter.dim() == 4
+    return on_cpu and not parameter.is_contiguous() and parameter.is_contiguous(memory_format=torch.channels_last)
+
+
+def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor) -> None:
+    parameter.grad = None  # which must have the shape of its parameter at all times
+    parameter.data = data
+    parameter.grad = grad
+
+
+@torch.no_grad()
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give restored optimizer state the memory layout of its parameter, which fused optimizers take for granted."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(placed_as(value, parameter))

@@ -1,0 +1,60 @@
+"""AttentionBySize: the same attention in either way, the faster one where it is faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from featinv.diffusion.attention import AttentionBySize
+
+
+def attention(**settings: int) -> Attention:
+    torch.manual_seed(0)
+    return Attention(32, heads=2, dim_head=16, processor=AttentionBySize(), **settings)
+
+
+def naive(layer: Attention, queries: Tensor, keys: Tensor) -> Tensor:
+    """Head by head, in float64."""
+    layer = layer.double()
+    q, k, v = (project(x.double()) for project, x in ((layer.to_q, queries), (layer.to_k, keys), (layer.to_v, keys)))
+    heads = [
+        (q[..., at] @ k[..., at].transpose(1, 2) / 16**0.5).softmax(-1) @ v[..., at]
+        for at in (slice(0, 16), slice(16, 32))
+    ]
+    return layer.to_out[0](torch.cat(heads, -1))
+
+
+@pytest.mark.parametrize("length", [64, 400], ids=["small", "large"])
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_agrees_with_a_naive_computation(length: int, half: bool) -> None:
+    layer, images = attention(), torch.randn(2, length, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = layer(images)
+    expected = naive(layer, images, images).float()
+    assert (found - expected).norm() / expected.norm() < (1e-2 if half else 1e-5)
+
+
+def test_text_is_attended_to() -> None:
+    layer = attention(cross_attention_dim=24)
+    images, text = torch.randn(2, 64, 32), torch.randn(2, 7, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layer(images, text)
+    expected = naive(layer, images, text).float()
+    assert (found - expected).norm() / expected.norm() < 1e-2
+
+
+def test_only_small_maps_in_bfloat16_are_multiplied_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    processor = AttentionBySize()
+    for name in ("plain", "kernel"):
+        monkeypatch.setattr(processor, name, lambda *args, name=name: used.append(name))
+    layer = attention()
+    small, large = torch.zeros(1, 256, 32), torch.zeros(1, 1024, 32)
+    processor(layer, small)
+    with torch.autocast("cpu", torch.bfloat16):
+        processor(layer, small)
+        processor(layer, large)
+        processor(layer, large, torch.zeros(1, 77, 32))
+    assert used == ["kernel", "plain", "kernel", "plain"]
