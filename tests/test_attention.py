@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from conftest import tiny_prior
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from featinv.diffusion.attention import AttentionBySize
+from featinv.diffusion.attention import AttentionBySize, attend_by_size
 
 
 def attention(**settings: int) -> Attention:
@@ -58,3 +59,13 @@ def test_only_small_maps_in_bfloat16_are_multiplied_plainly(monkeypatch: pytest.
         processor(layer, large)
         processor(layer, large, torch.zeros(1, 77, 32))
     assert used == ["kernel", "plain", "kernel", "plain"]
+
+
+def test_layers_with_a_way_of_their_own_keep_it() -> None:
+    unet = tiny_prior().unet
+    names = list(unet.attn_processors)
+    own = AttnProcessor()
+    unet.set_attn_processor({name: own if name == names[0] else AttnProcessor2_0() for name in names})
+    attend_by_size(unet)
+    assert unet.attn_processors[names[0]] is own
+    assert {type(unet.attn_processors[name]) for name in names[1:]} == {AttentionBySize}

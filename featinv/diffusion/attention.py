@@ -39,8 +39,10 @@ class AttentionBySize:
 
 
 def attend_by_size(network: UNet2DConditionModel | ControlNetModel) -> None:
-    """Let every attention layer of the network choose."""
-    network.set_attn_processor(AttentionBySize())
+    """Let the attention layers of the network choose, but for those that attend in a way of their own."""
+    chosen = AttentionBySize()
+    known = network.attn_processors
+    network.set_attn_processor({k: chosen if type(v) is AttnProcessor2_0 else v for k, v in known.items()})
 
 
 def _half_on_cpu(hidden_states: Tensor) -> bool:
