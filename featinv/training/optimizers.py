@@ -1,4 +1,4 @@
-"""AdamW as all trainings use it, and the layout of its state."""
+"""AdamW as inverters and priors are trained with it, and the layout of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 class FusedAdamW(torch.optim.AdamW):
     """AdamW in one pass over the weights.
 
-    The CPU's fused step copies weights that are not contiguous, channels_last ones included, there and back: a tenth of
-    a training step at full size. Their storage is dense, so here it is shown to the step in its own order.
+    The CPU's fused step copies weights that are not contiguous, channels_last ones included, there and back: a
+    twentieth of a training step at full size. Their storage is dense, so here it is shown to the step in its own order.
     """
 
     def __init__(self, parameters: Iterable[Any], **settings: Any):
