@@ -9,7 +9,7 @@ reference  the published code's way: features one image at a time, first stage a
            sampling one image at a time, DDIM 50, two evaluations a step, the hint block in each
 default    ours: latents and features from a cache, the prompts' embeddings kept, bf16 where the hardware has it,
            channels_last, fused AdamW, a weight average, freed memory kept (CPU); sampling in batches, the embedding
-           once for each image, UniPC 10, no guidance
+           once for each image, UniPC 6 (docs/results.md, "Sampling steps"), no guidance
 light      ours with the branch that runs once per image (docs/recipe.md), in the few sampling steps that suffice after
            training with `SampleConsistency` (docs/results.md, "Sampling steps")
 

@@ -133,3 +133,18 @@ def test_a_run_is_hastened_as_its_settings_allow(inverter, backbone) -> None:
     assert unet.conv_in.weight.dtype == torch.bfloat16 and inverter.branch.conv_in.weight.dtype == torch.float32
     with pytest.raises(UserError, match="no UNet to compile"):
         hasten(UpconvInverter(backbone.spec, size=32), OmegaConf.create(kept | {"compile": True}))
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_decoder_learns_under_autocast_on_a_cpu(backbone, size) -> None:
+    # Its resize to the picture's size has no gradient in bfloat16 there.
+    images = torch.rand(2, 3, size, size)
+    decoder = UpconvInverter(backbone.spec, size=size, width=16)
+    features = torch.randn(2, backbone.spec.channels, backbone.spec.height, backbone.spec.width)
+    decoder.prepare(features, None)
+    expected = decoder.training_losses(images, features, seeds=[0, 1])["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = decoder.training_losses(images, features, seeds=[0, 1])["loss"]
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.requires_grad)

@@ -45,7 +45,7 @@ class DiffusionInverter(nn.Module):
         encoder: nn.Module,
         guidance: Guidance | None = None,
         sampler: str = "unipc",
-        num_inference_steps: int = 10,
+        num_inference_steps: int = 6,
         dropout: ConditionDropout | None = None,
         snr_gamma: float | None = None,
         regression_weight: float = 0.5,

@@ -68,7 +68,8 @@ class UpconvInverter(nn.Module):
             raise UserError(
                 f"features of {features.shape[1]} channels do not fit this decoder, built for {self.spec.channels}."
             )
-        images = self.layers(self.whitening(features)) + 0.5
+        # Pixels in fp32, also under autocast: CPUs have no half-precision gradient of an antialiased resize.
+        images = self.layers(self.whitening(features)).float() + 0.5
         return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
 
     @torch.no_grad()
