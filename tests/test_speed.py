@@ -13,9 +13,9 @@ def test_every_way_is_measured_and_the_light_one_computes_least(monkeypatch) -> 
     found = dict(compare("small", 1, 1, False, 1, only="sampling"))
     assert list(found) == ["reference sampling", "default sampling", "light sampling"]
     assert all(x.images_per_second > 0 and x.share > 0 and x.gigabytes > 0 for x in found.values())
-    # Operations of one image, whatever the clock says: 100 evaluations, then 10, then 2 without a branch in them.
+    # Operations of one image, whatever the clock says: 100 evaluations, then 6, then 2 without a branch in them.
     each = {name: x.share / x.images_per_second for name, x in found.items()}
-    assert each["reference sampling"] > 7 * each["default sampling"] > 20 * each["light sampling"]
+    assert each["reference sampling"] > 10 * each["default sampling"] > 20 * each["light sampling"]
 
 
 def test_a_training_step_is_measured_without_the_first_stage() -> None:
