@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,12 +66,12 @@ def make_grid(
         labels: One text for each row, or none.
         scale: Nearest-neighbour enlargement, so that small pictures can be looked at.
         pad: White pixels between pictures.
-        label_width: Pixels for the labels; unused without labels.
+        label_width: Least pixels for the labels, which get as many as the longest needs; unused without labels.
 
     Returns:
         One picture (3, H', W') in [0, 1].
     """
-    strips = []
+    strips, label_width = [], max([label_width, *map(_text_width, labels)])
     for number, row in enumerate(rows):
         big = F.interpolate(row.detach().cpu().float(), scale_factor=scale, mode="nearest")
         big = F.pad(big, (0, pad, 0, pad), value=1.0)
@@ -80,6 +81,11 @@ def make_grid(
         strips.append(strip)
     width = max(strip.shape[2] for strip in strips)
     return torch.cat([F.pad(strip, (0, width - strip.shape[2]), value=1.0) for strip in strips], 1)
+
+
+def _text_width(text: str) -> int:
+    left, _, right, _ = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((4, 0), text)
+    return math.ceil(right + left)
 
 
 def _label(text: str, height: int, width: int) -> Tensor:

@@ -106,6 +106,14 @@ def test_grid_places_every_picture() -> None:
     assert grid[0, 3, 31] == pytest.approx(0.2) and grid[0, 12, 30 + 20] == pytest.approx(0.7)
 
 
+def test_a_long_label_is_not_cut() -> None:
+    rows = [torch.zeros(1, 3, 16, 16)]
+    short, long = (make_grid(rows, labels=[text], label_width=30) for text in ("a", "deviation of features" * 2))
+    assert short.shape[2] == 30 + 2 * 16 + 2
+    label = long[:, :, : long.shape[2] - 34]
+    assert label[..., -2:].min() == 1 and label[..., -12:].min() < 0.5  # ends in paper, right after ink
+
+
 def test_noise_is_per_seed() -> None:
     noise = seeded_noise([4, 5, 4], (2, 3))
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])

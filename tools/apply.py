@@ -214,7 +214,7 @@ def write(name: str, rows: dict[str, Tensor], numbers: dict[str, Any], out: Path
         for k, image in enumerate(images):
             short = "".join(c if c.isalnum() else "-" for c in label.partition(":")[0]).strip("-")
             save_png(out / name / f"{number:02d}_{short}_{k}.png", image)
-    save_png(out / f"{name}.png", make_grid(list(rows.values()), [label.partition(":")[0][:18] for label in rows]))
+    save_png(out / f"{name}.png", make_grid(list(rows.values()), [label.partition(":")[0] for label in rows]))
     write_json(out / f"{name}.json", numbers)
     figures = f"<pre>{html.escape(json.dumps(numbers, indent=2, default=str))}</pre>"
     write_page(out / "report.html", title, [("Pictures", picture_table(rows)), ("Figures", figures)])
