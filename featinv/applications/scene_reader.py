@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from featinv.applications.batches import small_maps
 from featinv.backbones.base import Backbone
 from featinv.data.scene_factors import FACTOR_INDEX, FACTORS
 from featinv.data.scenes import render_scenes
+from featinv.image import resize
 from featinv.metrics.factors import FactorProbe, FactorSpec
 
 OBJECT = ("shape", "colour", "texture")
@@ -67,8 +67,7 @@ def object_crops(images: Tensor, masks: Tensor, size: int = 64, margin: float = 
         y, x = float(rows.float().mean()) + 0.5, float(columns.float().mean()) + 0.5
         top, bottom = max(0, round(y - half)), min(height, round(y + half))
         left, right = max(0, round(x - half)), min(width, round(x + half))
-        crop = image[None, :, top:bottom, left:right]
-        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True, align_corners=False))
+        crops.append(resize(image[None, :, top:bottom, left:right], size))
     return torch.cat(crops)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.conditioning.encoders import Whitening
 from featinv.errors import UserError
+from featinv.image import resize
 
 
 class UpconvInverter(nn.Module):
@@ -70,7 +71,7 @@ class UpconvInverter(nn.Module):
             )
         # Pixels in fp32, also under autocast: CPUs have no half-precision gradient of an antialiased resize.
         images = self.layers(self.whitening(features)).float() + 0.5
-        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return resize(images, self.size)
 
     @torch.no_grad()
     def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
