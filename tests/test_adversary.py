@@ -1,16 +1,21 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_first_stage
+from conftest import save_tiny, tiny_config, tiny_first_stage, tiny_prior
 from forks import in_two_processes
 from test_training import _dies_at, _Killed, _module
 
 from featinv.backbones import load_backbone
+from featinv.diffusion.prior import load_prior
 from featinv.errors import UserError
+from featinv.inverters.build import load_inverter
 from featinv.processes import process_rank
 from featinv.training.adversary import PIXELS, Adversary
 from featinv.training.batches import BatchedRows
 from featinv.training.consistency import SampleConsistency
+from featinv.training.module import sample_seeds
 from featinv.training.prior_modules import FirstStageModule
 from featinv.training.runner import fit
 
@@ -162,6 +167,39 @@ def test_a_decoder_is_pulled_by_the_weighted_judgement_alone(backbone, adversary
     assert term - without == pytest.approx(0.25 * expected, abs=5e-3)
     with pytest.raises(UserError, match="backbone"):
         _decoder_module(None, Adversary(layers=[PIXELS]))
+
+
+def test_a_decoder_learns_from_what_an_inverter_draws_and_leaves_it_out_of_the_squared_error(
+    tmp_path, backbone, monkeypatch
+) -> None:
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    save_tiny(tmp_path / "a.safetensors", tiny_config(tmp_path / "prior"), backbone)
+    module = FirstStageModule(
+        load_prior(tmp_path / "prior").first_stage,
+        backbone,
+        decoder_only=True,
+        feature_weight=0.5,
+        feature_rows=4,
+        drawn_by=str(tmp_path / "a.safetensors"),
+    )
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    images, stage, inverter = _batch()["image"], module.first_stage, load_inverter(tmp_path / "a.safetensors")
+    loss = module.training_step({"image": images}, 0)
+    with torch.no_grad():
+        drawn = inverter.invert(backbone(images[:2]), seeds=sample_seeds(0, 0, 2))
+        again = stage.synthesise(stage.distribution(images).sample(torch.Generator().manual_seed(0)))
+        seen = torch.cat([drawn, again[2:4].clamp(0, 1)])
+        cosine = F.cosine_similarity(backbone(seen).flatten(1), backbone(images[:4]).flatten(1)).mean()
+        error = (again[2:] - images[2:]).square().mean()
+    assert logged["train/cosine"] == pytest.approx(float(cosine), abs=1e-4)
+    assert logged["train/psnr"] == pytest.approx(float(-10 * error.log10()), abs=1e-3)
+    loss.backward()
+    assert all(p.grad is not None for p in stage.vae.decoder.parameters())
+    assert all(p.grad is None for p in module._drawer[0].inverter.parameters())
+    monkeypatch.setattr("featinv.training.prior_modules.load_trained", lambda _: SimpleNamespace(inverter=object()))
+    with pytest.raises(UserError, match="draws no latents"):
+        FirstStageModule(stage, backbone, drawn_by="upconv")
 
 
 def test_a_resumed_decoder_has_the_adversary_of_an_uninterrupted_one(tmp_path, backbone) -> None:

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import load_config
+from featinv.diffusion.prior import load_prior
 from featinv.errors import UserError
 from featinv.inverters.build import about, build_inverter, find_inverter, load_inverter, load_trained, take_over
 from featinv.training.module import InversionModule
@@ -115,6 +116,21 @@ def test_another_prior_is_refused(tmp_path, config, backbone) -> None:
     torch.manual_seed(9)
     other = tiny_prior()
     other.save_pretrained(config.prior)
+    with pytest.raises(UserError, match="trained with another prior"):
+        load_inverter(tmp_path / "a.safetensors")
+
+
+def test_a_prior_whose_decoder_was_trained_on_is_no_other(tmp_path, config, backbone) -> None:
+    save_tiny(tmp_path / "a.safetensors", config, backbone)
+    prior = load_prior(config.prior)
+    with torch.no_grad():
+        for parameter in prior.first_stage.vae.decoder.parameters():
+            parameter.mul_(1.5)
+    prior.save_pretrained(config.prior)
+    assert load_inverter(tmp_path / "a.safetensors").size == prior.size
+    with torch.no_grad():
+        prior.first_stage.vae.encoder.conv_out.weight.mul_(1.5)
+    prior.save_pretrained(config.prior)
     with pytest.raises(UserError, match="trained with another prior"):
         load_inverter(tmp_path / "a.safetensors")
 

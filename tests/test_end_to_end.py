@@ -235,6 +235,18 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     assert prior.size == 64 and prior.latent_shape == (12, 16, 16)
     assert json.loads((tmp_path / "first_stage.json").read_text())["psnr"] > 25
     assert load_png(tmp_path / "samples.png").shape[0] == 3
+    words += [f"start={tmp_path / 'prior'}", "first_stage.module=null", "unet.module=null"]
+    done = _run("-m", "tools.train_prior", "scenes64", *words[:2], *words[4:], f"out={tmp_path / 'on'}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    on, pictures = load_prior(tmp_path / "on" / "prior"), torch.rand(2, 3, 64, 64)
+    assert torch.equal(on.first_stage.encode(pictures), prior.first_stage.encode(pictures))
+    assert all(torch.equal(a, b) for a, b in zip(on.unet.parameters(), prior.unet.parameters(), strict=True))
+    latents = torch.randn(1, 12, 16, 16)
+    assert not torch.equal(on.first_stage.decode(latents), prior.first_stage.decode(latents))
+    done = _run(
+        "-m", "tools.train_prior", "scenes64", "unet.module=null", f"out={tmp_path / 'no'}", *words[:2], cwd=ROOT
+    )
+    assert done.returncode != 0 and "`start`" in done.stderr
 
 
 def test_every_classic_method_runs_on_a_picture(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 python -m tools.train_prior scenes64
 python -m tools.train_prior scenes64 first_stage.module.params.max_steps=100 out=runs/quick
+python -m tools.train_prior scenes64 start=scenes64 first_stage.module=null unet.module=null   its decoder goes on
 """
 
 from __future__ import annotations
@@ -72,8 +73,13 @@ def judge_first_stage(first_stage: FirstStage, backbone: Backbone, images: Tenso
 
 
 def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
-    """Build the first stage and fit its linear part; with `config.start`, near the latents of that prior."""
+    """Build the first stage and fit its linear part; with `config.start`, near the latents of that prior.
+
+    Without `first_stage.module` it is that of `config.start` as it is, which only `first_stage.polish` trains further.
+    """
     node = config.first_stage
+    if not node.get("module"):
+        return load_prior(config.start).first_stage
     torch.manual_seed(0)
     first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
     start = load_prior(config.start).first_stage if config.get("start") else None
@@ -86,6 +92,13 @@ def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
     elif first_stage.shortcut is not None:
         first_stage.shortcut.fit(images)
     return first_stage
+
+
+def check_start(config: DictConfig) -> None:
+    """Raise UserError if a part is neither trained nor that of another prior."""
+    for part in ("first_stage", "unet"):
+        if not config[part].get("module") and not config.get("start"):
+            raise UserError(f"without {part}.module it must be another prior's: name that one in `start`.")
 
 
 def copy_weights(part: nn.Module, other: nn.Module, name: str) -> None:
@@ -110,7 +123,8 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
             module = instantiate(node[stage], where=f"first_stage.{stage}", **parts)
             fit(module, images, out / folder, max_steps=module.max_steps, batch_size=node.batch_size)
     first_stage.eval().requires_grad_(False)
-    normalise_latents(first_stage, images[range(min(2000, len(images)))]["image"])
+    if node.get("module"):  # otherwise its latents stay what a UNet and branches have learned
+        normalise_latents(first_stage, images[range(min(2000, len(images)))]["image"])
     figures, again = judge_first_stage(first_stage, backbone, held_out)
     write_json(out / "first_stage.json", figures | {"minutes": (time.time() - started) / 60})
     save_png(out / "first_stage.png", make_grid([held_out[:10], again[:10]], ["original", "round trip"]))
@@ -119,7 +133,13 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
 
 
 def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImages, out: Path) -> DiffusionPrior:
-    """Train the UNet on the latents and write samples."""
+    """Train the UNet on the latents and write samples; without `unet.module` it is that of `config.start`."""
+    if not config.unet.get("module"):
+        prior = load_prior(config.start)
+        prior.first_stage = first_stage
+        save_png(out / "samples.png", make_grid(list(draw(prior, 30).split(10))))
+        prior.save_pretrained(out / "prior", dtype=torch.float16)
+        return prior
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**_plain(config.unet.config))
     if config.get("start"):
@@ -165,6 +185,7 @@ def main() -> None:
     if not path.is_file() and not Path(arguments.prior).is_file():
         raise UserError(f"no prior {arguments.prior!r} in configs/prior; there are: {names}.")
     config = load_config(path if path.is_file() else arguments.prior, overrides)
+    check_start(config)
     out = Path(chosen[-1] if chosen else f"runs/prior_{Path(arguments.prior).stem}")
     pl.seed_everything(0)
     with hold_run(out):

@@ -153,10 +153,14 @@ class FirstStage(nn.Module):
         """The posterior mean (N, C, h, w) of the scaled latents of images (N, 3, H, W) in [0, 1]."""
         return self.posterior(images)[0]
 
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) -> unscaled, as `synthesise` takes them."""
+        scale, shift = self._scale()
+        return latents / scale + shift
+
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """Scaled latents (N, C, h, w) -> float32 images (N, 3, H, W), in [0, 1] if `clamp`."""
-        scale, shift = self._scale()
-        images = self.synthesise(latents / scale + shift).float()
+        images = self.synthesise(self.unscale(latents)).float()
         return images.clamp(0, 1) if clamp else images
 
 

@@ -110,12 +110,14 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def first_stage_fingerprint(first_stage: FirstStage) -> str:
-    """Tells one first stage from another, by its outermost layers."""
-    return fingerprint(first_stage.vae.encoder.conv_in.weight, first_stage.vae.decoder.conv_out.weight)
+    """Tells one latent space from another, by its encoder's outermost layers: a decoder may be trained on by itself."""
+    encoder, shortcut = first_stage.vae.encoder, first_stage.shortcut
+    linear = [] if shortcut is None else [shortcut.analysis.weight]
+    return fingerprint(encoder.conv_in.weight, encoder.conv_out.weight, *linear)
 
 
 def prior_fingerprint(prior: DiffusionPrior) -> str:
-    """Tells one prior from another, by its UNet's outermost layers and its first stage."""
+    """Tells one prior from another, by its UNet's outermost layers and its latent space."""
     return fingerprint(prior.unet.conv_in.weight, prior.unet.conv_out.weight) + first_stage_fingerprint(
         prior.first_stage
     )

@@ -16,6 +16,8 @@ from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
+from featinv.inverters.build import load_trained
+from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.adversary import Adversary
 from featinv.training.ema import EMA
 from featinv.training.module import sample_seeds
@@ -58,10 +60,13 @@ class FirstStageModule(pl.LightningModule):
         decoder_only: Leave the encoder as it is, so that latents stay what they are: a last polish.
         adversary: Tells round trips from pictures (`Adversary`, on the rows of the feature term): grain that squared
             error and one layer's cosine do not mind.
+        drawn_by: A diffusion inverter of these latents (name, folder or checkpoint). It draws the latents of half of
+            the rows of the feature term from their features, and the squared error leaves these rows out: a decoder is
+            for what is drawn, whose latents differ from encoded ones in their own way, unlike noise.
         seed: Of the posterior draws.
 
     Raises:
-        UserError: If there is an adversary but no backbone, on whose maps it looks.
+        UserError: If there is an adversary but no backbone, on whose maps it looks, or if `drawn_by` draws no latents.
     """
 
     def __init__(
@@ -77,11 +82,13 @@ class FirstStageModule(pl.LightningModule):
         latent_noise: float = 0.0,
         decoder_only: bool = False,
         adversary: Adversary | None = None,
+        drawn_by: str | None = None,
         seed: int = 0,
     ):
         super().__init__()
         # In a list: no part of the module tree, which the autoencoder's optimizer and checkpoints are of.
         self.first_stage, self._backbone, self._adversary = first_stage, [backbone], [adversary]
+        self._drawer = [_Drawer(drawn_by) if drawn_by else None]
         if adversary is not None:
             if backbone is None:
                 raise UserError("an adversary looks at a backbone's maps; give one, or leave the adversary out.")
@@ -115,8 +122,13 @@ class FirstStageModule(pl.LightningModule):
         images, backbone = batch["image"], self._backbone[0]
         posterior = self.first_stage.distribution(images)
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
-        again = self.first_stage.synthesise(self._disturb(posterior.sample(generator), generator))
-        error = (again - images).square().mean()
+        latents, drawn = self._disturb(posterior.sample(generator), generator), 0
+        if self._drawer[0] is not None:
+            drawn = min(self.feature_rows, len(images)) // 2
+            seeds = sample_seeds(self.seed, self.global_step, drawn)
+            latents = torch.cat([self._drawer[0](images[:drawn], seeds, self.first_stage).to(latents), latents[drawn:]])
+        again = self.first_stage.synthesise(latents)
+        error = (again[drawn:] - images[drawn:]).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = 4 * error + self.kl_weight * kl  # 4: the error on the autoencoder's own range [-1, 1]
         self.log("train/psnr", -10 * error.detach().log10(), prog_bar=True)
@@ -157,6 +169,23 @@ class FirstStageModule(pl.LightningModule):
             groups.append({"params": _trainable(self.first_stage.shortcut), "lr": self.learning_rate / 20})
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-4)
         return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
+
+
+class _Drawer:
+    """Latents that an inverter draws for pictures."""
+
+    def __init__(self, inverter: str):
+        trained = load_trained(inverter)
+        if not isinstance(trained.inverter, DiffusionInverter):
+            raise UserError(f"drawn_by={inverter} draws no latents.")
+        self.inverter, self.backbone = trained.inverter.eval(), trained.load_backbone()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, seeds: list[int], first_stage: FirstStage) -> Tensor:
+        """Unscaled latents (N, c, h, w) of `first_stage`, drawn from the features of images (N, 3, H, W)."""
+        self.inverter, self.backbone = self.inverter.to(images.device), self.backbone.to(images.device)
+        latents = self.inverter.draw(self.backbone(images).float(), seeds)
+        return first_stage.unscale(latents.float())
 
 
 class PriorModule(pl.LightningModule):
