@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_prior
@@ -11,7 +13,7 @@ from torch import Tensor
 from featinv.diffusion.attention import AttentionBySize, attend_by_size
 
 
-def attention(**settings: int) -> Attention:
+def attention(**settings: Any) -> Attention:
     torch.manual_seed(0)
     return Attention(32, heads=2, dim_head=16, processor=AttentionBySize(), **settings)
 
@@ -49,16 +51,31 @@ def test_text_is_attended_to() -> None:
 def test_only_small_maps_in_bfloat16_are_multiplied_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     processor = AttentionBySize()
-    for name in ("plain", "kernel"):
+    for name in ("products", "kernel"):
         monkeypatch.setattr(processor, name, lambda *args, name=name: used.append(name))
     layer = attention()
-    small, large = torch.zeros(1, 256, 32), torch.zeros(1, 1024, 32)
+    small, large = torch.zeros(1, 1024, 32), torch.zeros(1, 1025, 32)
     processor(layer, small)
     with torch.autocast("cpu", torch.bfloat16):
         processor(layer, small)
         processor(layer, large)
         processor(layer, large, torch.zeros(1, 77, 32))
-    assert used == ["kernel", "plain", "kernel", "plain"]
+        processor(layer, small, None, torch.zeros(1, 1024))  # a mask
+        for unlike in (attention(norm_num_groups=4), attention(upcast_softmax=True), attention(qk_norm="layer_norm")):
+            processor(unlike, small)
+    assert used == ["kernel", "products", "kernel", "products"] + ["kernel"] * 4
+
+
+def test_gradients_are_those_of_a_naive_computation() -> None:
+    layer, images = attention(), torch.randn(2, 64, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(images).square().sum().backward()
+    found = [images.grad, *(p.grad.clone() for p in layer.parameters())]
+    images.grad = None
+    layer.zero_grad()
+    naive(layer, images, images).square().sum().backward()
+    for half, exact in zip(found, [images.grad, *(p.grad for p in layer.parameters())], strict=True):
+        assert (half - exact).norm() <= 3e-2 * exact.norm()
 
 
 def test_layers_with_a_way_of_their_own_keep_it() -> None:

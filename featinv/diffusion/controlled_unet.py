@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featinv.diffusion.attention import attend_by_size
 from featinv.diffusion.clean import clean_latents
+from featinv.diffusion.convolution import convolve_by_size
 from featinv.diffusion.half import half_arithmetic
 from featinv.diffusion.light_branch import LightBranch, Residuals
 
@@ -63,6 +64,7 @@ def control_branch(unet: UNet2DConditionModel) -> ControlNetModel:
     branch = ControlNetModel.from_unet(unet)
     branch.controlnet_cond_embedding = nn.Identity()
     attend_by_size(branch)
+    convolve_by_size(branch)
     return branch.requires_grad_(True)
 
 

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from featinv.diffusion.attention import attend_by_size
+from featinv.diffusion.convolution import convolve_by_size
 from featinv.diffusion.first_stage import FirstStage
 from featinv.errors import UserError
 from featinv.files import load_safetensors, save_safetensors, write_json
@@ -44,6 +45,7 @@ class DiffusionPrior(nn.Module):
         super().__init__()
         self.first_stage, self.unet, self.scheduler, self.size = first_stage, unet, scheduler, size
         attend_by_size(unet)
+        convolve_by_size(unet)
         latents = first_stage.latent_shape(size)
         if unet.config.in_channels != latents[0]:
             raise UserError(
