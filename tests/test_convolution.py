@@ -71,6 +71,13 @@ def test_only_small_wide_maps_in_bfloat16_are_products(monkeypatch: pytest.Monke
         assert isinstance(layer.to(memory_format=torch.contiguous_format)(images), Tensor)
 
 
+def test_a_compiled_network_keeps_its_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConvolutionBySize, "_product", lambda *_: pytest.fail("a product was traced"))
+    compiled = torch.compile(convolution(), backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(torch.randn(1, WIDE, 4, 4)).shape == (1, 24, 4, 4)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

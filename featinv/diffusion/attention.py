@@ -41,7 +41,7 @@ class AttentionBySize:
         return way(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def products(self, attn: Attention, hidden_states: Tensor, keys: Tensor) -> Tensor:
-        """The same by two products, from queries of `hidden_states` (N, L, D) and keys and values of `keys` (N, S, E)."""
+        """The same by two products, with queries of `hidden_states` (N, L, D), keys and values of `keys` (N, S, E)."""
         query, key, value = (
             attn.head_to_batch_dim(project(x))  # (N heads, L or S, d)
             for project, x in ((attn.to_q, hidden_states), (attn.to_k, keys), (attn.to_v, keys))

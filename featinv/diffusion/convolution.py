@@ -23,7 +23,9 @@ class ConvolutionBySize(nn.Conv2d):
         return self._product(input) if self._faster(input) else super().forward(input)
 
     def _faster(self, images: Tensor) -> bool:
-        if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        # Inductor (torch 2.15) writes C++ that no compiler takes where two biases have one gradient, as those of a
+        # residual block's second convolution and shortcut have; of convolutions it leaves that to the library.
+        if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return False
         height, width = self._size(images)
         last = self.weight.is_contiguous(memory_format=torch.channels_last)
