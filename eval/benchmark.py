@@ -24,7 +24,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset, Subset
 
-from featinv.applications.matching import MATCHING, matched, split_name
+from featinv.applications.matching import MATCHING, matched, settings_of, split_name
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, instantiate, is_node, load_config, load_group, nearest, resolve_target
@@ -133,7 +133,7 @@ def matched_contestant(name: str, row: Contestant, setting: Setting, params: dic
     """The row with the wrappers that its name asks for; `params` by their kind."""
     _, kinds = split_name(name)
     inverter = matched(row.inverter, row.backbone or setting.backbone, kinds, params, setting.first_stage)
-    about = {"matching": {kind: params.get(kind) or {} for kind in kinds}} if kinds else {}
+    about = {"matching": {kind: settings_of(kind, params.get(kind)) for kind in kinds}} if kinds else {}
     return replace(row, inverter=inverter, about=row.about | about)
 
 

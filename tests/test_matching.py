@@ -1,10 +1,19 @@
 """Inverters matched to the features, by the suffixes of their names."""
 
+import json
+
 import pytest
 import torch
 from cells import SIZE, Cells, Mosaic
 
-from featinv.applications.matching import FeatureGuidedInverter, RefinedInverter, matched, split_name
+from featinv.applications.matching import (
+    MATCHING,
+    FeatureGuidedInverter,
+    RefinedInverter,
+    matched,
+    settings_of,
+    split_name,
+)
 from featinv.errors import UserError
 from featinv.metrics.features import feature_cosine
 
@@ -74,3 +83,12 @@ def test_wrappers_lie_in_the_order_of_the_name_and_take_their_own_parameters(inv
         matched(Noise(), backbone, ["guided"])
     with pytest.raises(UserError, match=r"params\.refined"):
         matched(inverter, backbone, ["refined"], {"refined": {"stepss": 7}})
+
+
+def test_settings_are_those_that_a_wrapper_really_has(inverter, backbone) -> None:
+    guided, refined = (MATCHING[kind](inverter, backbone) for kind in ("guided", "refined"))
+    for kind, wrapper in (("guided", guided), ("refined", refined)):
+        found = settings_of(kind)
+        assert found == json.loads(json.dumps(found)) and len(found) >= 3
+        assert all(getattr(wrapper, k) == (tuple(v) if isinstance(v, list) else v) for k, v in found.items())
+    assert settings_of("refined", {"steps": 3}) == settings_of("refined") | {"steps": 3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class RefinedInverter:
         backbone: Whose features are matched.
         first_stage: Its latents are moved; None takes that of the inverter's own prior, or moves pixels.
         steps: At most.
-        learning_rate: Adam's.
+        learning_rate: Adam's. Every latent moves by about so much in a step: larger ones match sooner and leave grain.
         tolerance: Feature cosine at which a picture is left as it is. About what the first stage's round trip of an
             original reaches: beyond, there is nothing that the features could still say.
 
@@ -104,8 +105,8 @@ class RefinedInverter:
         inverter: Inverter,
         backbone: Backbone,
         first_stage: FirstStage | None = None,
-        steps: int = 10,
-        learning_rate: float = 0.03,
+        steps: int = 20,
+        learning_rate: float = 0.01,
         tolerance: float = 0.9,
     ):
         prior = getattr(inverter, "prior", None)
@@ -131,6 +132,13 @@ class RefinedInverter:
 
 MATCHING: dict[str, type] = {"guided": FeatureGuidedInverter, "refined": RefinedInverter}
 """Suffix -> inverter around another one, called as kind(inverter, backbone, **params)."""
+
+
+def settings_of(kind: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every number and word that a wrapper of `MATCHING` works with, defaults and all, as JSON keeps them."""
+    known = inspect.signature(MATCHING[kind]).parameters.values()
+    defaults = {p.name: p.default for p in known if p.default is not p.empty and p.name != "first_stage"}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **(params or {})}.items()}
 
 
 def split_name(name: str) -> tuple[str, tuple[str, ...]]:
