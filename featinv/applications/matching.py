@@ -92,7 +92,7 @@ class RefinedInverter:
         backbone: Whose features are matched.
         first_stage: Its latents are moved; None takes that of the inverter's own prior, or moves pixels.
         steps: At most.
-        learning_rate: Adam's. Every latent moves by about so much in a step: larger ones match sooner and leave grain.
+        learning_rate: Adam's, as in `refine`.
         tolerance: Feature cosine at which a picture is left as it is. About what the first stage's round trip of an
             original reaches: beyond, there is nothing that the features could still say.
 

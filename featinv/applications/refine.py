@@ -72,7 +72,7 @@ def refine(
     first_stage: FirstStage | None = None,
     tolerance: float = 0.95,
     steps: int = 100,
-    learning_rate: float = 0.03,
+    learning_rate: float = 0.01,
     referee: Backbone | None = None,
     originals: Tensor | None = None,
     progress: Progress | None = None,
@@ -86,7 +86,7 @@ def refine(
         first_stage: Its latents are moved; None moves pixels, which please the backbone soonest and mean least.
         tolerance: Cosine to pass.
         steps: At most.
-        learning_rate: Adam's.
+        learning_rate: Adam's. Every latent moves by about so much in a step: larger ones match sooner and leave grain.
         referee: A network that took no part; it compares with `originals`, the pictures the features came from.
         originals: (N, 3, H'', W'') in [0, 1].
         progress: Told after every step.
