@@ -137,8 +137,7 @@ def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImag
     if not config.unet.get("module"):
         prior = load_prior(config.start)
         prior.first_stage = first_stage
-        save_png(out / "samples.png", make_grid(list(draw(prior, 30).split(10))))
-        prior.save_pretrained(out / "prior", dtype=torch.float16)
+        write_prior(prior, out)
         return prior
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**_plain(config.unet.config))
@@ -152,9 +151,14 @@ def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImag
     latents = Latents(first_stage, images)
     fit(module, latents, out / "unet", max_steps=module.max_steps, batch_size=config.unet.batch_size)  # type: ignore[arg-type]
     with module.ema.applied():
-        save_png(out / "samples.png", make_grid(list(draw(prior, 30).split(10))))
-        prior.save_pretrained(out / "prior", dtype=torch.float16)
+        write_prior(prior, out)
     return prior
+
+
+def write_prior(prior: DiffusionPrior, out: Path) -> None:
+    """Keep a finished prior, in half precision, and a grid of its samples."""
+    save_png(out / "samples.png", make_grid(list(draw(prior, 30).split(10))))
+    prior.save_pretrained(out / "prior", dtype=torch.float16)
 
 
 def draw(prior: DiffusionPrior, n: int, num_inference_steps: int = 20) -> Tensor:

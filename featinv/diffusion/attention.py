@@ -9,6 +9,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
+from featinv.diffusion.half import multiplies_half_on_cpu
+
 SMALL = 2**20
 """Scores (queries x keys) of a head up to which two matrix products beat the flash kernel on a CPU in bfloat16; those
 of a 32 x 32 map still fit into memory for a batch."""
@@ -35,7 +37,7 @@ class AttentionBySize:
         """Attend from `hidden_states` (N, L, D) to `encoder_hidden_states` (N, S, E), or to themselves."""
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         small = hidden_states.dim() == 3 and hidden_states.shape[1] * keys.shape[1] <= SMALL
-        if small and attention_mask is None and _is_plain(attn) and _half_on_cpu(hidden_states):
+        if small and attention_mask is None and _is_plain(attn) and multiplies_half_on_cpu(hidden_states):
             return self.products(attn, hidden_states, keys)
         way: Any = self.kernel
         return way(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
@@ -65,7 +67,3 @@ def _is_plain(attn: Attention) -> bool:
     norms = (attn.group_norm, attn.spatial_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     upcast = attn.upcast_attention or attn.upcast_softmax
     return not (upcast or attn.residual_connection or any(norm is not None for norm in norms))
-
-
-def _half_on_cpu(hidden_states: Tensor) -> bool:
-    return hidden_states.device.type == "cpu" and torch.is_autocast_enabled("cpu")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featinv.diffusion.half import multiplies_half_on_cpu
+
 SMALL, WIDE = 64, 512
 """Up to so many positions of the result, and from so many input channels on, a matrix product beats the convolution on
 a CPU in bfloat16: there the kernels rearrange the weights, tens of megabytes, at every call."""
@@ -25,11 +27,10 @@ class ConvolutionBySize(nn.Conv2d):
     def _faster(self, images: Tensor) -> bool:
         # Inductor (torch 2.15) writes C++ that no compiler takes where two biases have one gradient, as those of a
         # residual block's second convolution and shortcut have; of convolutions it leaves that to the library.
-        if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not multiplies_half_on_cpu(images):
             return False
         height, width = self._size(images)
-        last = self.weight.is_contiguous(memory_format=torch.channels_last)
-        return height * width <= SMALL and last and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return height * width <= SMALL and self.weight.is_contiguous(memory_format=torch.channels_last)
 
     def _size(self, images: Tensor) -> tuple[int, int]:
         """Height and width of the result: padding keeps them, a stride divides them."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def store_half(network: nn.Module) -> None:
@@ -30,6 +30,12 @@ def _multiplying(network: nn.Module) -> Iterator[nn.Module]:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
             yield layer
+
+
+def multiplies_half_on_cpu(values: Tensor) -> bool:
+    """Whether these values are multiplied in bfloat16 on a CPU, where small maps have faster ways than the kernels."""
+    autocast = values.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def half_arithmetic(device: torch.device, half: bool) -> contextlib.AbstractContextManager[Any]:
