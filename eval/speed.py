@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +43,7 @@ from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.build import build_inverter
 from featinv.inverters.diffusion import DiffusionInverter
-from featinv.processes import keep_freed_memory
+from featinv.processes import keep_freed_memory, settled_objects
 from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
 from featinv.training.ema import EMA
 from featinv.training.optimizers import FusedAdamW
@@ -73,6 +73,7 @@ class Networks:
     backbone: Backbone
     images: Tensor
     device: torch.device
+    training: DictConfig
 
     @property
     def seeds(self) -> list[int]:
@@ -93,7 +94,7 @@ def networks(experiment: str, size: str, batch: int, device: torch.device, chang
     backbone = instantiate(without_weights(OmegaConf.to_container(config.backbone)), where="backbone").to(device)  # type: ignore[arg-type]
     inverter = build_inverter(config, backbone.spec, backbone, random_prior(size)).to(device)  # type: ignore[attr-defined]
     images = torch.rand(batch, 3, inverter.size, inverter.size, device=device)
-    return Networks(inverter, backbone, images, device)
+    return Networks(inverter, backbone, images, device, config.training.module.params)
 
 
 def text_encoder(width: int, device: torch.device) -> Callable[[int], Tensor]:
@@ -128,7 +129,8 @@ def default_training(nets: Networks) -> Callable[[], Any]:
     """A step of ours: latents and features from the cache, bf16."""
     inverter = nets.inverter
     optimizer = FusedAdamW(inverter.trainable_parameters(), lr=1e-5)
-    average = EMA({k: p for k, p in inverter.named_parameters() if p.requires_grad})
+    weights = {k: p for k, p in inverter.named_parameters() if p.requires_grad}
+    average = EMA(weights, nets.training.ema_decay, nets.training.ema_every)
     with torch.no_grad():
         features, latents = nets.backbone(nets.images), inverter.prior.first_stage.encode(nets.images)
 
@@ -224,7 +226,8 @@ def measure_ours(
     nets = networks("convnext_base", size, batch, device, changes)
     if work == "training":
         hasten(nets.inverter, OmegaConf.create({"precision": "auto", "strategy": "auto", "compile": compiled}))
-        return measure(default_training(nets), repeats, device)
+        with settled_objects():
+            return measure(default_training(nets), repeats, device)
     nets.inverter.requires_grad_(False)
     if compiled:
         nets.inverter.compile_networks()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -92,6 +93,21 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def settled_objects() -> Iterator[None]:
+    """Within the block, spare the objects that there are now from every search for garbage.
+
+    The libraries and a network are half a million, and a training step makes so many new ones that all of them were
+    searched every few steps.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep freed memory for its next buffers, instead of getting it from the system page by page.
 
@@ -104,13 +120,36 @@ def keep_freed_memory() -> bool:
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     mallopt = _of_libc("mallopt")
-    return mallopt is not None and bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
+    if mallopt is None or not (mallopt(trim_threshold, -1) and mallopt(mmap_max, 0)):
+        return False
+    _grow_in_huge_pages()
+    return True
+
+
+def _grow_in_huge_pages() -> None:
+    """Advise the system to back what the heap grows by with huge pages; none is touched here.
+
+    Gigabytes of weights are walked through several times in a training step, which larger pages make a little faster.
+    """
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 * 3
+    malloc, free, madvise = (_of_libc(name) for name in ("malloc", "free", "madvise"))
+    if malloc is None or free is None or madvise is None:
+        return
+    malloc.restype = ctypes.c_void_p  # type: ignore[attr-defined]
+    block = malloc(ctypes.c_size_t(size))
+    if block is None:
+        return
+    huge_page, advice = 2**21, 14  # MADV_HUGEPAGE of mman.h
+    start = -(-block // huge_page) * huge_page
+    madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), advice)
+    free(ctypes.c_void_p(block))
 
 
 def return_freed_memory() -> None:
     """Give the system back what `keep_freed_memory` kept, once."""
     if (trim := _of_libc("malloc_trim")) is not None:
         trim(0)
+        _grow_in_huge_pages()  # the advice was for what is given back
 
 
 def _of_libc(name: str) -> Callable[..., int] | None:

@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from forks import in_two_processes
 from test_training import _dies_at, _Killed, _module
 
 from featinv.backbones import load_backbone
+from featinv.diffusion.first_stage import Finish
 from featinv.diffusion.prior import load_prior
 from featinv.errors import UserError
 from featinv.inverters.build import load_inverter
@@ -144,7 +146,7 @@ def _decoder_module(backbone, adversary: Adversary | None) -> FirstStageModule:
     torch.manual_seed(0)
     stage = tiny_first_stage(shortcut=True)
     stage.shortcut.fit(_batch()["image"])
-    return FirstStageModule(stage, backbone, max_steps=4, warmup_steps=1, decoder_only=True, adversary=adversary)
+    return FirstStageModule(stage, backbone, max_steps=4, warmup_steps=1, trained="decoder", adversary=adversary)
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -169,6 +171,31 @@ def test_a_decoder_is_pulled_by_the_weighted_judgement_alone(backbone, adversary
         _decoder_module(None, Adversary(layers=[PIXELS]))
 
 
+def test_a_finish_learns_alone_without_any_judgement() -> None:
+    stage = tiny_first_stage(shortcut=True)
+    with pytest.raises(UserError, match="first_stage.finish"):
+        FirstStageModule(stage, None, trained="finish")
+    with pytest.raises(UserError, match="all, decoder, finish"):
+        FirstStageModule(stage, None, trained="encoder")
+    stage.finish = Finish(width=8, layers=1)
+    module = FirstStageModule(stage, _never, trained="finish", feature_rows=0, learning_rate=1e-2, warmup_steps=1)
+    module.log = lambda *_, **__: None
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    optimizer = module.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(20):
+        losses.append(module.training_step(_batch(), 0))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {k.split(".")[0] for k, v in stage.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"finish"} and losses[-1] < 0.95 * losses[0]
+
+
+def _never(*_: Any) -> torch.Tensor:
+    raise AssertionError("the backbone is not asked")
+
+
 def test_a_decoder_learns_from_what_an_inverter_draws_and_leaves_it_out_of_the_squared_error(
     tmp_path, backbone, monkeypatch
 ) -> None:
@@ -177,7 +204,7 @@ def test_a_decoder_learns_from_what_an_inverter_draws_and_leaves_it_out_of_the_s
     module = FirstStageModule(
         load_prior(tmp_path / "prior").first_stage,
         backbone,
-        decoder_only=True,
+        trained="decoder",
         feature_weight=0.5,
         feature_rows=4,
         drawn_by=str(tmp_path / "a.safetensors"),

@@ -48,6 +48,21 @@ def test_text_is_attended_to() -> None:
     assert (found - expected).norm() / expected.norm() < 1e-2
 
 
+def test_a_prompt_shared_by_all_rows_is_projected_once() -> None:
+    layer, seen = attention(cross_attention_dim=24), []
+    layer.to_k.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    images, text = torch.randn(3, 64, 32), torch.randn(1, 7, 24)
+    gradients = []
+    for shared in (text.expand(3, -1, -1), text.repeat(3, 1, 1)):
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(images, shared).square().sum().backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+        layer.zero_grad()
+    assert seen == [1, 3]
+    for once, thrice in zip(*gradients, strict=True):
+        assert (once - thrice).norm() <= 2e-2 * thrice.norm()
+
+
 def test_only_small_maps_in_bfloat16_are_multiplied_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     processor = AttentionBySize()

@@ -7,7 +7,7 @@ from featinv.conditioning.dropout import ConditionDropout
 from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
 from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.controlled_unet import EstimateGate, unconditional
-from featinv.diffusion.first_stage import normalise_latents
+from featinv.diffusion.first_stage import Finish, normalise_latents
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior, load_prior
@@ -174,6 +174,27 @@ def test_prior_survives_saving(tmp_path, prior) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="whole"):
         load_prior(tmp_path / "p")
+
+
+def test_a_finish_changes_nothing_before_it_is_trained_and_is_saved_with_its_prior(tmp_path, prior) -> None:
+    latents = torch.randn(2, 4, 4, 4)
+    plain = prior.first_stage.decode(latents, clamp=False)
+    prior.first_stage.finish = finish = Finish(width=8, layers=2).eval()
+    assert torch.equal(prior.first_stage.decode(latents, clamp=False), plain)
+    torch.nn.init.normal_(finish.leave.weight)
+    finished = prior.first_stage.decode(latents, clamp=False)
+    assert not torch.allclose(finished, plain, atol=1e-3)
+    prior.save_pretrained(tmp_path / "p")
+    again = load_prior(tmp_path / "p").first_stage
+    assert (again.finish.width, again.finish.layers) == (8, 2)
+    assert torch.equal(again.decode(latents, clamp=False), finished)
+
+
+def test_a_prompt_without_dropped_rows_is_one_row_in_memory(prior) -> None:
+    prompt = prior.encoder_hidden_states(3, torch.tensor([False, False, False]))
+    assert prompt.shape == (3, 3, 8) and prompt.stride(0) == 0
+    mixed = prior.encoder_hidden_states(3, torch.tensor([False, True, False]))
+    assert torch.equal(mixed[::2], prompt[::2]) and torch.equal(mixed[1:2], prior.text["null"])
 
 
 def test_parts_that_do_not_belong_together_are_refused(prior) -> None:

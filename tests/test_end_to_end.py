@@ -228,7 +228,7 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
 
     words = ["data.params.length=80", "validation.params.length=4", "unet.batch_size=8"]
     words += [f"{part}.module.params.max_steps=2" for part in ("first_stage", "unet")]
-    words.append("first_stage.polish.params.max_steps=2")
+    words += [f"first_stage.{stage}.params.max_steps=2" for stage in ("finishing", "polish")]
     done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path}", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     prior = load_prior(tmp_path / "prior")

@@ -108,6 +108,22 @@ def test_cache_holds_what_the_networks_compute_and_resumes(tmp_path, prior, back
     assert len(cache) == 7 and build_cache(tmp_path, {"a": 1}, data, first_stage, backbone).folder == cache.folder
 
 
+def test_ema_of_every_third_step_takes_three_steps_at_once() -> None:
+    layer, step = torch.nn.Linear(3, 2), torch.randn(2, 3)
+    parameters = dict(layer.named_parameters())
+    often, seldom = EMA(parameters, decay=0.95), EMA(parameters, decay=0.95, every=3)
+    for update in range(1, 400):
+        with torch.no_grad():
+            layer.weight.add_(0.01 * step)
+        before = seldom.averages["weight"].clone()
+        often.update()
+        seldom.update()
+        assert torch.equal(seldom.averages["weight"], before) == (update % 3 != 0)
+    # Of weights that move evenly, an average is d / (1 - d) steps behind; in threes, whole threes behind.
+    behind = [float(((layer.weight - x.averages["weight"]) / (0.01 * step)).mean()) for x in (often, seldom)]
+    assert behind == pytest.approx([0.95 / 0.05, 3 * 0.95**3 / (1 - 0.95**3)], rel=1e-2)
+
+
 def test_ema_equals_the_recursion_and_gives_the_weights_back() -> None:
     layer = torch.nn.Linear(3, 2)
     ema, average = EMA(dict(layer.named_parameters()), decay=0.9), layer.weight.detach().clone()

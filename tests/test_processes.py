@@ -1,5 +1,6 @@
 """Several processes train what one would: DDP, split weights (FSDP), streams, a killed process, the folder's lock."""
 
+import gc
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,14 @@ from featinv.errors import UserError
 from featinv.image import save_png
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.upconv import UpconvInverter
-from featinv.processes import is_first_process, keep_freed_memory, process_rank, return_freed_memory, torchrun_layout
+from featinv.processes import (
+    is_first_process,
+    keep_freed_memory,
+    process_rank,
+    return_freed_memory,
+    settled_objects,
+    torchrun_layout,
+)
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
 from featinv.training.probe import FeatureProbe
@@ -30,6 +39,7 @@ from featinv.training.runner import fit
 from featinv.training.sharding import shard
 
 STEPS = 4
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +202,44 @@ def keeps_and_returns_memory() -> None:
     kept = _resident()
     return_freed_memory()
     assert _resident() < kept - 0.8 * megabytes
+
+
+def grows_in_huge_pages() -> None:
+    def huge() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+    assert keep_freed_memory() and huge() < 50_000  # none of what is set aside is in use
+    kept = [torch.ones(1 << 20) for _ in range(100)]
+    assert huge() > 300_000, "of 400 MB"
+    del kept
+    return_freed_memory()
+    assert huge() < 100_000
+    kept = [torch.ones(1 << 20) for _ in range(100)]
+    assert huge() > 300_000, "after memory was given back"
+
+
+@pytest.mark.skipif(
+    not any(f"[{mode}]" in HUGE_PAGES.read_text() for mode in ("madvise", "always")) if HUGE_PAGES.is_file() else True,
+    reason="this system has no transparent huge pages",
+)
+def test_kept_memory_lies_in_huge_pages() -> None:
+    code = "import test_processes; test_processes.grows_in_huge_pages()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
+def test_objects_of_before_are_not_searched_for_garbage_within_a_block() -> None:
+    class Cycle:
+        pass
+
+    with settled_objects():
+        assert gc.get_freeze_count() > 10_000
+        made = Cycle()
+        made.itself, gone = made, weakref.ref(made)
+        del made
+        gc.collect()
+        assert gone() is None, "what is made inside still is"
+    assert gc.get_freeze_count() == 0
 
 
 def test_kept_memory_is_not_faulted_in_again_and_can_be_returned() -> None:

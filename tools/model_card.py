@@ -18,7 +18,12 @@ from featinv.files import read_json, write_text
 from featinv.report.curves import read_log
 
 CARD, RECORD = "MODEL_CARD.md", "training.json"
-STAGES = {"first_stage": "first_stage.module", "decoder": "first_stage.polish", "unet": "unet.module"}
+STAGES = {
+    "first_stage": "first_stage.module",
+    "finish": "first_stage.finishing",
+    "decoder": "first_stage.polish",
+    "unet": "unet.module",
+}
 """Subfolders of a prior's run, and where its YAML describes them."""
 
 IMAGENET = """\

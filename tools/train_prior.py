@@ -25,7 +25,7 @@ from featinv.backbones.base import Backbone
 from featinv.config import CONFIG_ROOT, instantiate, load_config
 from featinv.data.memory import InMemoryImages
 from featinv.diffusion.controlled_unet import unconditional
-from featinv.diffusion.first_stage import FirstStage, normalise_latents
+from featinv.diffusion.first_stage import Finish, FirstStage, normalise_latents
 from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.diffusion.samplers import sample
 from featinv.errors import UserError, exit_on_user_error
@@ -78,10 +78,13 @@ def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
     Without `first_stage.module` it is that of `config.start` as it is, which only `first_stage.polish` trains further.
     """
     node = config.first_stage
-    if not node.get("module"):
-        return load_prior(config.start).first_stage
     torch.manual_seed(0)
-    first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut)
+    finish = Finish(**_plain(node.finish)) if node.get("finish") else None
+    if not node.get("module"):
+        first_stage = load_prior(config.start).first_stage
+        first_stage.finish = first_stage.finish or finish
+        return first_stage
+    first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut, finish)
     start = load_prior(config.start).first_stage if config.get("start") else None
     if start is not None:
         copy_weights(first_stage.vae, start.vae, "first_stage.vae")
@@ -117,7 +120,7 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
     node = config.first_stage
     first_stage = new_first_stage(config, images[range(min(3000, len(images)))]["image"])
     started = time.time()
-    for stage, folder in (("module", "first_stage"), ("polish", "decoder")):
+    for stage, folder in (("module", "first_stage"), ("finishing", "finish"), ("polish", "decoder")):
         if node.get(stage):
             parts = {"first_stage": first_stage, "backbone": backbone}
             module = instantiate(node[stage], where=f"first_stage.{stage}", **parts)

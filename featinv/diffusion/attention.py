@@ -44,10 +44,12 @@ class AttentionBySize:
 
     def products(self, attn: Attention, hidden_states: Tensor, keys: Tensor) -> Tensor:
         """The same by two products, with queries of `hidden_states` (N, L, D), keys and values of `keys` (N, S, E)."""
-        query, key, value = (
-            attn.head_to_batch_dim(project(x))  # (N heads, L or S, d)
-            for project, x in ((attn.to_q, hidden_states), (attn.to_k, keys), (attn.to_v, keys))
-        )
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))  # (N heads, L, d)
+        repeats = len(keys) if keys.stride(0) == 0 else 1  # one prompt for all rows is projected once
+        keys = keys[: len(keys) // repeats]
+        key, value = (attn.head_to_batch_dim(project(keys)) for project in (attn.to_k, attn.to_v))
+        if repeats > 1:
+            key, value = key.repeat(repeats, 1, 1), value.repeat(repeats, 1, 1)
         with torch.autocast("cpu", enabled=False):  # which would turn scores into float32, twice the memory to move
             probabilities = torch.bmm(query * attn.scale, key.transpose(1, 2)).softmax(-1)
             attended = torch.bmm(probabilities, value)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from featinv.errors import UserError
@@ -86,6 +87,35 @@ class PatchShortcut(nn.Module):
         self.synthesis.bias.sub_(torch.einsum("l,lchw->chw", offset, self.synthesis.weight.double()).mean((1, 2)))
 
 
+class Finish(nn.Module):
+    """Adds to decoded pictures what a decoder that makes whole patches misses: edges, and no seams between patches.
+
+    A residual network at half of the resolution, whose output starts at zero. It sees the picture alone, so that
+    latents, and whatever draws them, stay what they are.
+
+    Args:
+        width: Channels.
+        layers: Residual blocks.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 3):
+        super().__init__()
+        self.width, self.layers = width, layers
+        self.enter = nn.Conv2d(12, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ResnetBlock2D(in_channels=width, temb_channels=None, groups=8) for _ in range(layers)
+        )
+        self.leave = nn.Conv2d(width, 12, 3, padding=1)
+        _zero(self.leave)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W), about [0, 1] -> the same, finished; H and W even."""
+        hidden = self.enter(F.pixel_unshuffle(images * 2 - 1, 2))
+        for block in self.blocks:
+            hidden = block(hidden, None)
+        return images + F.pixel_shuffle(self.leave(hidden), 2) / 2
+
+
 class FirstStage(nn.Module):
     """A diffusers `AutoencoderKL` seen from pixels in [0, 1] and latents of about unit variance.
 
@@ -94,16 +124,19 @@ class FirstStage(nn.Module):
         patch_size: Pixels per side that are folded into channels before the autoencoder (1 for Stable Diffusion).
             A patch of 4 keeps every convolution at a quarter of the resolution, which is what makes a CPU enough.
         shortcut: Whether a `PatchShortcut` works beside the autoencoder, whose own output then starts at zero.
+        finish: Works on decoded pictures, or None.
     """
 
-    def __init__(self, vae: AutoencoderKL, patch_size: int = 1, shortcut: bool = False):
+    def __init__(
+        self, vae: AutoencoderKL, patch_size: int = 1, shortcut: bool = False, finish: Finish | None = None
+    ):
         super().__init__()
         if vae.config.in_channels != 3 * patch_size**2:
             raise UserError(
                 f"an autoencoder with {vae.config.in_channels} input channels does not fit patch_size {patch_size} "
                 f"(3 * patch_size^2 = {3 * patch_size**2})."
             )
-        self.vae, self.patch_size = vae, patch_size
+        self.vae, self.patch_size, self.finish = vae, patch_size, finish
         self.shortcut = PatchShortcut(vae.config.latent_channels, self.factor) if shortcut else None
         if shortcut:
             _start_at_zero(vae)
@@ -139,9 +172,9 @@ class FirstStage(nn.Module):
     def synthesise(self, latents: Tensor) -> Tensor:
         """Unscaled latents -> images, not clamped, so that a loss keeps its gradient."""
         images = (F.pixel_shuffle(self.vae.decode(latents).sample, self.patch_size) + 1) / 2
-        if self.shortcut is None:
-            return images
-        return images + self.shortcut.synthesis(latents) / 2
+        if self.shortcut is not None:
+            images = images + self.shortcut.synthesis(latents) / 2
+        return images if self.finish is None else self.finish(images)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (N, C, h, w), of the scaled latents of images (N, 3, H, W) in [0, 1]."""
@@ -169,9 +202,13 @@ def _start_at_zero(vae: AutoencoderKL, log_variance: float = -6.0) -> None:
     """Make the autoencoder's mean and picture zero, and its variance small, before training."""
     quant = vae.quant_conv if vae.quant_conv is not None else vae.encoder.conv_out
     for layer in (quant, vae.decoder.conv_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        _zero(layer)
     quant.bias[vae.config.latent_channels :] = log_variance
+
+
+def _zero(layer: nn.Conv2d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def normalise_latents(first_stage: FirstStage, images: Tensor) -> None:

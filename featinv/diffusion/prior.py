@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featinv.diffusion.attention import attend_by_size
 from featinv.diffusion.convolution import convolve_by_size
-from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.first_stage import Finish, FirstStage
 from featinv.errors import UserError
 from featinv.files import load_safetensors, save_safetensors, write_json
 
@@ -77,12 +77,12 @@ class DiffusionPrior(nn.Module):
     def encoder_hidden_states(self, n: int, dropped: Tensor | None = None) -> Tensor:
         """Prompt embeddings (n, L, D), those of the empty prompt where `dropped` (n,) is True."""
         prompt = self.text["prompt"].expand(n, -1, -1)
-        if dropped is None:
-            return prompt
+        if dropped is None or not dropped.any():
+            return prompt  # one row's memory for all: attention projects it once
         return torch.where(dropped.to(prompt.device)[:, None, None], self.text["null"].expand(n, -1, -1), prompt)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write diffusers' own folders (vae, unet, scheduler) plus our prompt embeddings, shortcut and prior.json."""
+        """Write diffusers' own folders (vae, unet, scheduler), and ours: embeddings, shortcut, finish, prior.json."""
         folder = Path(folder)
         for name, part in (("vae", self.first_stage.vae), ("unet", self.unet)):
             write_json(folder / name / "config.json", _plain_config(part))
@@ -90,10 +90,13 @@ class DiffusionPrior(nn.Module):
             save_safetensors(folder / name / "diffusion_pytorch_model.safetensors", state)
         self.scheduler.save_pretrained(folder / "scheduler")
         extra = {f"text.{k}": v.detach().clone() for k, v in self.text.items()}
-        if self.first_stage.shortcut is not None:
-            extra |= {f"shortcut.{k}": v for k, v in self.first_stage.shortcut.state_dict().items()}
+        shortcut, finish = self.first_stage.shortcut, self.first_stage.finish
+        for name, own in (("shortcut", shortcut), ("finish", finish)):
+            if own is not None:
+                extra |= {f"{name}.{k}": v for k, v in own.state_dict().items()}
         save_safetensors(folder / "prior.safetensors", {k: v.to(dtype or v.dtype) for k, v in extra.items()})
-        write_json(folder / "prior.json", {"size": self.size, "patch_size": self.first_stage.patch_size})
+        sizes = {} if finish is None else {"finish": {"width": finish.width, "layers": finish.layers}}
+        write_json(folder / "prior.json", {"size": self.size, "patch_size": self.first_stage.patch_size} | sizes)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> DiffusionPrior:
@@ -147,12 +150,15 @@ def _load_own(path: Path) -> DiffusionPrior:
     tensors, _ = load_safetensors(path / "prior.safetensors")
     tensors = {k: v.float() for k, v in tensors.items()}
     shortcut = {k.removeprefix("shortcut."): v for k, v in tensors.items() if k.startswith("shortcut.")}
+    finish = {k.removeprefix("finish."): v for k, v in tensors.items() if k.startswith("finish.")}
     try:
         vae = _from_config(AutoencoderKL, path / "vae")
         unet = _from_config(UNet2DConditionModel, path / "unet")
-        first_stage = FirstStage(vae, info["patch_size"], shortcut=bool(shortcut))
-        if first_stage.shortcut is not None:
-            first_stage.shortcut.load_state_dict(shortcut)
+        sizes = info.get("finish")
+        first_stage = FirstStage(vae, info["patch_size"], bool(shortcut), Finish(**sizes) if sizes else None)
+        for own, state in ((first_stage.shortcut, shortcut), (first_stage.finish, finish)):
+            if own is not None:
+                own.load_state_dict(state)
         for part, name in ((vae, "vae"), (unet, "unet")):
             state, _ = load_safetensors(path / name / "diffusion_pytorch_model.safetensors")
             part.load_state_dict({k: v.float() for k, v in state.items()})

@@ -16,11 +16,13 @@ class EMA:
 
     Args:
         parameters: Name -> parameter.
-        decay: Largest decay.
+        decay: Largest decay, of one step.
+        every: Steps between updates of the averages, each with the decay of so many: they are all of the weights to
+            read and write, and hardly move from one step to the next.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float = 0.999):
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float = 0.999, every: int = 1):
+        self.parameters, self.decay, self.every, self.updates = parameters, decay, every, 0
         self.averages = {name: p.detach().clone() for name, p in parameters.items()}
 
     def follow(self) -> None:
@@ -29,9 +31,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every average towards its parameter."""
+        """Count a step; where one is due, move every average towards its parameter."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.updates % self.every:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** self.every
         averages, values = list(self.averages.values()), [p.detach() for p in self.parameters.values()]
         torch._foreach_lerp_(averages, values, 1 - decay)
 
@@ -55,7 +59,7 @@ class EMA:
             p.copy_(values[name])
 
     def state_dict(self) -> dict[str, object]:
-        """Averages and number of updates; of split weights, whole in the first process alone."""
+        """Averages and number of steps; of split weights, whole in the first process alone."""
         return {"updates": self.updates, "averages": gathered(self.averages)}
 
     def load_state_dict(self, state: dict) -> None:

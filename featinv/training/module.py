@@ -43,6 +43,7 @@ class InversionModule(pl.LightningModule):
         warmup_steps: Linear rise before the peak.
         weight_decay: AdamW's.
         ema_decay: Largest decay of the weight average; 0 switches it off.
+        ema_every: Steps between its updates (`EMA`).
         feature_noise: Standard deviation of noise on the features, in units of each map's own (RAE, arXiv 2510.11690:
             tolerates edited features).
         mask_positions: Probability that a map loses positions (`FeatureMasking`); 0 masks none.
@@ -67,6 +68,7 @@ class InversionModule(pl.LightningModule):
         warmup_steps: int = 200,
         weight_decay: float = 1e-2,
         ema_decay: float = 0.999,
+        ema_every: int = 1,
         feature_noise: float = 0.0,
         mask_positions: float = 0.0,
         mask_channels: float = 0.0,
@@ -91,7 +93,7 @@ class InversionModule(pl.LightningModule):
         self.masking = FeatureMasking(mask_positions, mask_channels)
         if not self._trained():
             raise UserError(f"{type(inverter).__name__} has nothing to train.")
-        self.ema = EMA(self._trained(), ema_decay) if ema_decay else None
+        self.ema = EMA(self._trained(), ema_decay, ema_every) if ema_decay else None
 
     def _trained(self) -> dict[str, nn.Parameter]:
         named = self.inverter.named_parameters()
@@ -105,7 +107,7 @@ class InversionModule(pl.LightningModule):
     def restart_average(self) -> None:
         """Begin the average anew from the weights as they are: they were changed from outside."""
         if self.ema is not None:
-            self.ema = EMA(self._trained(), self.ema.decay)
+            self.ema = EMA(self._trained(), self.ema.decay, self.ema.every)
 
     @property
     def backbone(self) -> Backbone:

@@ -52,21 +52,24 @@ class FirstStageModule(pl.LightningModule):
         warmup_steps: Linear rise before the peak.
         kl_weight: Weight of the KL divergence per latent element.
         feature_weight: Weight of 1 - cosine.
-        feature_rows: Images of each batch that get the feature term.
+        feature_rows: Images of each batch that get the feature term; 0 leaves it out.
         latent_noise: Every other image is decoded from latents with extra noise, whose standard deviation is
             |N(0, latent_noise^2)| of the latents' own: what a diffusion model draws is never exact, and a decoder that
             only ever saw exact latents turns a hundredth of error into visible grain (noise-augmented decoding as in
             RAE, arXiv 2510.11690, section 4.3). 0 leaves it out.
-        decoder_only: Leave the encoder as it is, so that latents stay what they are: a last polish.
+        trained: "all"; "decoder", which leaves the encoder as it is, so that latents stay what they are; or "finish",
+            the decoder's last part alone.
         adversary: Tells round trips from pictures (`Adversary`, on the rows of the feature term): grain that squared
             error and one layer's cosine do not mind.
         drawn_by: A diffusion inverter of these latents (name, folder or checkpoint). It draws the latents of half of
             the rows of the feature term from their features, and the squared error leaves these rows out: a decoder is
             for what is drawn, whose latents differ from encoded ones in their own way, unlike noise.
+        max_grad_norm: Gradient clipping.
         seed: Of the posterior draws.
 
     Raises:
-        UserError: If there is an adversary but no backbone, on whose maps it looks, or if `drawn_by` draws no latents.
+        UserError: If there is an adversary but no backbone, on whose maps it looks, if `drawn_by` draws no latents, or
+            if there is nothing to train of that name.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class FirstStageModule(pl.LightningModule):
         feature_weight: float = 0.03,
         feature_rows: int = 6,
         latent_noise: float = 0.0,
-        decoder_only: bool = False,
+        trained: str = "all",
         adversary: Adversary | None = None,
         drawn_by: str | None = None,
+        max_grad_norm: float = 1.0,
         seed: int = 0,
     ):
         super().__init__()
@@ -95,13 +99,8 @@ class FirstStageModule(pl.LightningModule):
             adversary.build(backbone)
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.kl_weight, self.feature_weight, self.feature_rows = kl_weight, feature_weight, feature_rows
-        self.latent_noise, self.seed = latent_noise, seed
-        first_stage.requires_grad_(True)
-        if decoder_only:
-            shortcut = first_stage.shortcut
-            for part in (first_stage.vae.encoder, first_stage.vae.quant_conv, shortcut and shortcut.analysis):
-                if part is not None:
-                    part.requires_grad_(False)
+        self.latent_noise, self.max_grad_norm, self.seed = latent_noise, max_grad_norm, seed
+        _train_only(first_stage, trained)
 
     def on_fit_start(self) -> None:
         """Follow Lightning's device with what is no part of this module's tree."""
@@ -132,7 +131,7 @@ class FirstStageModule(pl.LightningModule):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = 4 * error + self.kl_weight * kl  # 4: the error on the autoencoder's own range [-1, 1]
         self.log("train/psnr", -10 * error.detach().log10(), prog_bar=True)
-        if backbone is not None:
+        if backbone is not None and self.feature_rows:
             loss = loss + self._judge(backbone, images[: self.feature_rows], again[: self.feature_rows].float())
         return loss
 
@@ -162,13 +161,41 @@ class FirstStageModule(pl.LightningModule):
         if self._adversary[0] is not None and checkpoint.get("adversary") is not None:
             self._adversary[0].restore(checkpoint["adversary"])
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip: one batch in some hundreds else undoes what the others have learned."""
+        nn.utils.clip_grad_norm_(_trainable(self.first_stage), self.max_grad_norm)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, the shortcut at a twentieth of the rate, cosine schedule."""
-        groups = [{"params": _trainable(self.first_stage.vae), "lr": self.learning_rate}]
-        if self.first_stage.shortcut is not None:
-            groups.append({"params": _trainable(self.first_stage.shortcut), "lr": self.learning_rate / 20})
+        stage, rate = self.first_stage, self.learning_rate
+        rates = [(stage.vae, rate), (stage.shortcut, rate / 20), (stage.finish, rate)]
+        groups = [{"params": _trainable(part), "lr": rate} for part, rate in rates if part is not None]
+        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-4)
         return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
+
+
+def _train_only(first_stage: FirstStage, trained: str) -> None:
+    """Let gradients reach that part of the first stage alone."""
+    shortcut = first_stage.shortcut
+    kept = {
+        "all": [],
+        "decoder": [first_stage.vae.encoder, first_stage.vae.quant_conv, shortcut and shortcut.analysis],
+        "finish": [first_stage.vae, shortcut],
+    }
+    if trained not in kept:
+        raise UserError(f"trained={trained!r} is none of {', '.join(kept)}.")
+    if trained == "finish" and first_stage.finish is None:
+        raise UserError("trained=finish: this first stage has none; give it one by first_stage.finish.")
+    first_stage.requires_grad_(True)
+    for part in kept[trained]:
+        if part is not None:
+            part.requires_grad_(False)
 
 
 class _Drawer:

@@ -19,7 +19,7 @@ from featinv.config import nearest
 from featinv.data.datamodule import collate
 from featinv.errors import UserError
 from featinv.files import run_lock
-from featinv.processes import is_first_process, torchrun_layout
+from featinv.processes import is_first_process, settled_objects, torchrun_layout
 from featinv.training.batches import StepBatches
 from featinv.training.precision import lightning_precision
 from featinv.training.sharding import ShardedStrategy
@@ -203,6 +203,7 @@ def fit(
         log_every_n_steps=20,
     )
     batches = _Batches(dataset, batch_size, max_steps * accumulate, start * accumulate, seed, num_workers)
-    trainer.fit(module, batches, ckpt_path=last)
+    with settled_objects():
+        trainer.fit(module, batches, ckpt_path=last)
     if trainer.global_step > start:
         trainer.save_checkpoint(folder / _LAST)
