@@ -7,6 +7,8 @@ python -m eval.speed --only sampling      without the training steps
 
 reference  the published code's way: features one image at a time, first stage and text encoder in every step, fp32;
            sampling one image at a time, DDIM 50, two evaluations a step, the hint block in each
+recompute  (--recompute) the reference's training with the published configuration's use_checkpoint: activations are
+           computed again in the backward pass instead of kept
 default    ours: latents and features from a cache, the prompts' embeddings kept, bf16 where the hardware has it,
            channels_last, fused AdamW, a weight average, freed memory kept (CPU); sampling in batches, the embedding
            once for each image, UniPC 6 (docs/results.md, "Sampling steps"), no guidance
@@ -204,9 +206,14 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure_reference(size: str, batch: int, repeats: int, steps: int, device: torch.device, work: str) -> Cost:
+def measure_reference(
+    size: str, batch: int, repeats: int, steps: int, device: torch.device, work: str, recompute: bool = False
+) -> Cost:
     """Training or sampling of the reference; of its 50 sampling steps 1 and 1 + `steps` are run, the rest follows."""
     nets, text = networks("reference", size, batch, device), text_encoder(ARCHITECTURES[size].text_width, device)
+    if recompute:
+        for part in (nets.inverter.unet.unet, nets.inverter.unet.branch):
+            part.enable_gradient_checkpointing()  # type: ignore[operator]
     if work == "training":
         return measure(reference_training(nets, text), repeats, device)
     nets.inverter.requires_grad_(False)  # as a loaded one is
@@ -236,7 +243,13 @@ def measure_ours(
 
 
 def compare(
-    size: str, batch: int, repeats: int, compiled: bool, reference_steps: int, only: str | None = None
+    size: str,
+    batch: int,
+    repeats: int,
+    compiled: bool,
+    reference_steps: int,
+    only: str | None = None,
+    recompute: bool = False,
 ) -> Iterator[tuple[str, Figures]]:
     """Measure every way, one after the other.
 
@@ -247,6 +260,7 @@ def compare(
         compiled: Whether ours goes through torch.compile.
         reference_steps: See `measure_reference`.
         only: "training" or "sampling".
+        recompute: Whether the reference's training is measured that way, too.
 
     Yields:
         "reference training" and its figures, and so on, as they are measured: each work's reference first.
@@ -261,6 +275,9 @@ def compare(
     for work in works:
         cost = _alone(measure_reference, size, batch, repeats, reference_steps, device, work)
         yield f"reference {work}", cost.figures(batch if work == "training" else 1, full_peak)
+        if recompute and work == "training":
+            cost = _alone(measure_reference, size, batch, repeats, reference_steps, device, work, True)
+            yield f"recompute {work}", cost.figures(batch, full_peak)
         for name, changes in OURS.items():
             cost = _alone(measure_ours, size, batch, repeats, compiled, device, work, changes)
             yield f"{name} {work}", cost.figures(batch, half_peak)
@@ -286,12 +303,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--reference-steps", type=int, default=3, help="of the reference's 50 that are timed")
     parser.add_argument("--only", choices=["training", "sampling"], help="leave the other out")
+    parser.add_argument("--recompute", action="store_true", help="also the reference with recomputed activations")
     parser.add_argument("--compile", action="store_true", help="torch.compile our networks")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
     args = parser.parse_args()
     print(f"{'':22s}{'images/s':>10s}{'ratio':>8s}{'of peak':>9s}{'memory':>10s}")
     found: dict[str, Figures] = {}
-    for name, figures in compare(args.size, args.batch, args.repeats, args.compile, args.reference_steps, args.only):
+    ways = compare(args.size, args.batch, args.repeats, args.compile, args.reference_steps, args.only, args.recompute)
+    for name, figures in ways:
         found[name] = figures
         ratio = figures.images_per_second / found[f"reference {name.split()[1]}"].images_per_second
         print(

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from eval.speed import OURS, _alone, compare, measure_ours
+from eval.speed import OURS, _alone, compare, measure_ours, measure_reference
 from featinv.errors import UserError
 
 
@@ -22,6 +22,12 @@ def test_a_training_step_is_measured_without_the_first_stage() -> None:
     device = torch.device("cpu")
     full, light = (measure_ours("small", 1, 1, False, device, "training", OURS[name]) for name in ("default", "light"))
     assert 0 < light.flops < full.flops
+
+
+def test_a_reference_that_recomputes_its_activations_computes_more() -> None:
+    device = torch.device("cpu")
+    kept, again = (measure_reference("small", 1, 1, 1, device, "training", recompute).flops for recompute in (0, 1))
+    assert 1.05 * kept < again < 1.5 * kept
 
 
 def test_a_measurement_that_is_killed_ends_in_a_sentence() -> None:

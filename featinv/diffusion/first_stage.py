@@ -127,9 +127,7 @@ class FirstStage(nn.Module):
         finish: Works on decoded pictures, or None.
     """
 
-    def __init__(
-        self, vae: AutoencoderKL, patch_size: int = 1, shortcut: bool = False, finish: Finish | None = None
-    ):
+    def __init__(self, vae: AutoencoderKL, patch_size: int = 1, shortcut: bool = False, finish: Finish | None = None):
         super().__init__()
         if vae.config.in_channels != 3 * patch_size**2:
             raise UserError(
