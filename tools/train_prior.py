@@ -75,7 +75,8 @@ def judge_first_stage(first_stage: FirstStage, backbone: Backbone, images: Tenso
 def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
     """Build the first stage and fit its linear part; with `config.start`, near the latents of that prior.
 
-    Without `first_stage.module` it is that of `config.start` as it is, which only `first_stage.polish` trains further.
+    Without `first_stage.module` it is that of `config.start`, with a new finish where that one has none; only
+    `first_stage.finishing` and `first_stage.polish` train it further.
     """
     node = config.first_stage
     torch.manual_seed(0)

@@ -175,7 +175,6 @@ class FirstStageModule(pl.LightningModule):
         stage, rate = self.first_stage, self.learning_rate
         rates = [(stage.vae, rate), (stage.shortcut, rate / 20), (stage.finish, rate)]
         groups = [{"params": _trainable(part), "lr": rate} for part, rate in rates if part is not None]
-        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-4)
         return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
 
