@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from featinv.cli import parse_command_line
 from featinv.config import instantiate
+from featinv.diffusion.lift import training_backbone
 from featinv.errors import exit_on_user_error
 from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
 from featinv.processes import keep_freed_memory
@@ -56,7 +57,7 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
         settings.module,
         where="training.module",
         inverter=inverter,
-        backbone=backbone,
+        backbone=training_backbone(inverter, backbone),
         max_steps=settings.max_steps,
         seed=settings.seed,
         described=about(config, inverter, backbone.spec),

@@ -96,7 +96,7 @@ def stage_inverter(
     for path in sorted(bundle.glob("inverters/*.safetensors")):
         known = read_header(path)["featinv"]
         borrows = known["config"].get("branch_of") == f"{bundle.name}/{name}"
-        if borrows and known["branch"] != branch_fingerprint(trained.inverter):
+        if borrows and known["branch"] not in (None, branch_fingerprint(trained.inverter)):
             raise UserError(f"{path} borrows the branch of {bundle.name}/{name} as it was; remove it first.")
     described = about(trained.config, trained.inverter, trained.spec)
     described["config"] = portable(trained.config, bundle.name, changes)

@@ -15,7 +15,7 @@ from featinv.diffusion.guidance import Guidance, NoGuidance
 from featinv.errors import UserError
 
 Objective = Callable[[Tensor], Tensor]
-"""Images (N, 3, H, W) in [0, 1] -> a score (N,) to be raised."""
+"""Images (N, 3, H, W) in [0, 1] (or whatever else is moved) -> a score (N,) to be raised."""
 
 
 class ObjectiveGuidance:
@@ -89,19 +89,36 @@ class ObjectiveGuidance:
         return model_pred - delta * ((1 if kind == "v_prediction" else float(alpha) ** 0.5) / float(1 - alpha) ** 0.5)
 
     def _uphill(self, clean: Tensor) -> Tensor:
-        for _ in range(self.iterations):
-            gradient = self._gradient(clean)
-            finite = gradient.flatten(1).isfinite().all(1)
-            self.skipped += int((~finite).sum())
-            gradient = torch.where(finite[:, None, None, None], gradient, 0.0)
-            size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-            clean = clean + self.strength * gradient / size.clamp(min=1e-30)
+        # Not clamped while differentiating: a pixel out of range must be able to come back.
+        def score(latents: Tensor) -> Tensor:
+            return self.objective(self.first_stage.decode(latents, clamp=False))
+
+        clean, skipped = climb(clean, score, self.strength, self.iterations)
+        self.skipped += skipped
         return clean
 
-    def _gradient(self, clean: Tensor) -> Tensor:
+
+def climb(values: Tensor, score: Objective, strength: float, iterations: int) -> tuple[Tensor, int]:
+    """Steps of one length along the gradient of a score.
+
+    Args:
+        values: (N, ...).
+        score: Of values, (N,); one row's must not depend on the others.
+        strength: Root mean square of a step.
+        iterations: Steps.
+
+    Returns:
+        The moved values (N, ...), and how many gradients of one row were not finite; such rows stay as they are.
+    """
+    skipped = 0
+    for _ in range(iterations):
         with torch.enable_grad():
-            latents = clean.detach().clone().requires_grad_(True)
-            # Not clamped while differentiating: a pixel out of range must be able to come back.
-            images = self.first_stage.decode(latents, clamp=False)
-            (gradient,) = torch.autograd.grad(self.objective(images).sum(), latents)
-        return gradient
+            free = values.detach().clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(score(free).sum(), free)
+        rows = (-1, *[1] * (values.ndim - 1))
+        finite = gradient.flatten(1).isfinite().all(1)
+        skipped += int((~finite).sum())
+        gradient = torch.where(finite.view(rows), gradient, 0.0)
+        size = gradient.flatten(1).square().mean(1).sqrt().view(rows)
+        values = values + strength * gradient / size.clamp(min=1e-30)
+    return values, skipped

@@ -35,11 +35,13 @@ def build_inverter(
     """Build the inverter that `config.inverter` names.
 
     What its constructor asks for beyond the YAML is derived: `prior` (if it cannot do without) from config.prior,
-    `encoder` from config.conditioning (built for features and latents), `spec`, `backbone`, `dataset` (the training
-    images of config.data), and `size` in pixels. With `config.branch_of` the branch is another inverter's.
+    `encoder` from config.conditioning (built for features and latents), `lift` from config.lift (if there is one; the
+    encoder is then built for its layer), `spec`, `backbone`, `dataset` (the training images of config.data), and `size`
+    in pixels. With `config.branch_of` the branch is another inverter's.
 
     Args:
-        config: With `inverter`, and where needed `prior`, `conditioning`, `backbone`, `data` and `branch_of`.
+        config: With `inverter`, and where needed `prior`, `conditioning`, `lift`, `backbone`, `data` and
+            `branch_of`.
         spec: Of the features to invert.
         backbone: Loaded from config.backbone if an inverter needs it and it is not given.
         prior: Loaded from config.prior if not given.
@@ -55,12 +57,15 @@ def build_inverter(
         if config.get("prior") is None and prior is None:
             raise UserError("this inverter needs a prior; set prior=NAME_OR_PATH.")
         derived["prior"] = prior = prior or load_prior(config.prior)
+    if "lift" in wanted and config.get("lift"):
+        backbone = backbone or instantiate(config.backbone, where="backbone")
+        derived["lift"] = instantiate(config.lift, where="lift", spec=spec, backbone=backbone)
     if "encoder" in wanted:
         assert prior is not None
         derived["encoder"] = instantiate(
             config.conditioning,
             where="conditioning",
-            spec=spec,
+            spec=derived["lift"].spec if "lift" in derived else spec,
             latent_shape=prior.latent_shape,
             embedding_channels=prior.unet.config.block_out_channels[0],
         )
@@ -135,8 +140,13 @@ def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str
 
 
 def branch_fingerprint(inverter: Inverter) -> str | None:
-    """Tells whether the lender of a branch has been trained further since; None without a branch."""
-    return fingerprint(*inverter.branch.parameters()) if isinstance(inverter, DiffusionInverter) else None
+    """Tells whether the lender of a branch has been trained further since; None if that is all one.
+
+    It is to an inverter without a branch, and to a lift, which learned without it what it tells it.
+    """
+    if not isinstance(inverter, DiffusionInverter) or inverter.lift is not None:
+        return None
+    return fingerprint(*inverter.branch.parameters())
 
 
 def save_inverter(

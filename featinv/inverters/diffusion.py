@@ -11,6 +11,7 @@ from featinv.conditioning.dropout import ConditionDropout
 from featinv.diffusion.controlled_unet import Conditions, ControlledUNet, EstimateGate, control_branch
 from featinv.diffusion.guidance import Guidance, NoGuidance
 from featinv.diffusion.half import half_arithmetic, store_half
+from featinv.diffusion.lift import FeatureLift
 from featinv.diffusion.light_branch import LightBranch
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
@@ -37,6 +38,8 @@ class DiffusionInverter(nn.Module):
         branch: "controlnet", a copy of the UNet's encoder that runs in every step, or "light" (`LightBranch`), a small
             network that runs once per image.
         gated: Whether predictions are pulled towards the encoder's regression estimate (`EstimateGate`).
+        lift: Draws the map of an earlier layer from the one that is given; encoder and branch are then that layer's, and
+            only the lift is trained, on maps of the earlier layer.
     """
 
     def __init__(
@@ -52,10 +55,11 @@ class DiffusionInverter(nn.Module):
         strength: float = 1.0,
         gated: bool = True,
         branch: str = "controlnet",
+        lift: FeatureLift | None = None,
     ):
         super().__init__()
         self.prior, self.size = prior.freeze(), prior.size
-        self.encoder = encoder
+        self.encoder, self.lift = encoder, lift
         if branch not in BRANCHES:
             raise UserError(f"branch {branch!r}: choose one of {', '.join(BRANCHES)}.")
         self.branch: nn.Module = BRANCHES[branch](prior.unet)
@@ -81,16 +85,23 @@ class DiffusionInverter(nn.Module):
         """Let torch.compile fuse UNet and branch, in place: minutes before the first step, faster ones afterwards."""
         self.prior.unet.compile(backend=backend)
         self.branch.compile(backend=backend)
+        if self.lift is not None:
+            self.lift.unet.compile(backend=backend)
 
     def halve(self) -> None:
         """Draw in bfloat16 from now on, with half the memory for UNet and branch; not for training."""
         store_half(self.prior.unet)
         store_half(self.branch)
+        if self.lift is not None:
+            store_half(self.lift.unet)
         self.unet.halved = True
 
     def prepare(self, features: Tensor, latents: Tensor | None) -> None:
         """Fit what is solved in closed form before training, from features (N, C, H, W) and latents (N, c, h, w)."""
-        self.encoder.fit(features, latents)  # type: ignore[operator]
+        if self.lift is not None:
+            self.lift.fit(features)
+        else:
+            self.encoder.fit(features, latents)  # type: ignore[operator]
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Parameters and buffers of everything but the prior and a borrowed branch: what a checkpoint holds."""
@@ -103,11 +114,14 @@ class DiffusionInverter(nn.Module):
     def borrow_branch(self, state: dict[str, Tensor]) -> None:
         """Take all but the encoder from another inverter's state, and keep it as it is: only the encoder is trained.
 
+        With a lift the encoder is taken, too, and only the lift is trained.
+
         Raises:
             UserError: If the state is that of another kind of branch.
         """
-        own = {k: v.shape for k, v in self.trainable_state().items() if not k.startswith("encoder.")}
-        given = {k: v for k, v in state.items() if not k.startswith("encoder.")}
+        trained = "encoder." if self.lift is None else "lift."
+        own = {k: v.shape for k, v in self.trainable_state().items() if not k.startswith(trained)}
+        given = {k: v for k, v in state.items() if not k.startswith(trained)}
         if own != {k: v.shape for k, v in given.items()}:
             raise UserError("its branch is of another kind than this inverter's, or itself borrowed.")
         self.load_state_dict(given, strict=False)
@@ -115,9 +129,11 @@ class DiffusionInverter(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in given)
 
-    def conditions(self, features: Tensor) -> Conditions:
-        """Embed features (N, C, H, W) once per image."""
+    def conditions(self, features: Tensor, seeds: Sequence[int] | None = None) -> Conditions:
+        """Embed features (N, C, H, W) once per image; `seeds` are of what a lift draws, 0 to N - 1 by default."""
         with half_arithmetic(features.device, self.unet.halved):
+            if self.lift is not None:
+                features = self.lift(features, range(len(features)) if seeds is None else seeds)
             return self._conditions(features)
 
     def _conditions(self, features: Tensor) -> Conditions:
@@ -169,7 +185,7 @@ class DiffusionInverter(nn.Module):
         """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
-        conditions = self.conditions(features)
+        conditions = self.conditions(features, seeds)
         noise = seeded_noise(seeds, self.prior.latent_shape).to(features)
 
         def denoise(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
@@ -181,7 +197,7 @@ class DiffusionInverter(nn.Module):
     @torch.no_grad()
     def posterior_mean(self, features: Tensor) -> Tensor:
         """Decode the encoder's regression estimate: the one blurred picture without a draw, (N, 3, H, W) in [0, 1]."""
-        _, latents = self.encoder(features)
+        _, latents = self.encoder(features if self.lift is None else self.lift.estimate(features))
         if latents is None:
             raise UserError(f"{type(self.encoder).__name__} has no regression estimate of the latents.")
         return self.prior.first_stage.decode(latents)
@@ -233,10 +249,14 @@ class DiffusionInverter(nn.Module):
             seeds: N seeds of noise, timestep and dropout.
             latents: Cached latents (N, c, h, w), which save the first stage's encoder.
 
+        With a lift the features are those of `lift.backbone`, and its own losses are all there is.
+
         Returns:
             "loss" (), its parts, the clean "latents" (N, c, h, w), their one-step "estimate" (N, c, h, w) and, where
             they were given, the "images".
         """
+        if self.lift is not None:
+            return self.lift.training_losses(features, seeds)
         if latents is None:
             assert images is not None
             with torch.no_grad():

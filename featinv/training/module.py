@@ -37,7 +37,7 @@ class InversionModule(pl.LightningModule):
 
     Args:
         inverter: Has `training_losses`, `trainable_parameters` and `trainable_state`.
-        backbone: Frozen.
+        backbone: Frozen; of an inverter with a lift the lift's (`featinv.diffusion.lift.training_backbone`).
         max_steps: Optimizer steps of the whole run; the learning rate falls to a twentieth over them.
         learning_rate: Peak of AdamW's.
         warmup_steps: Linear rise before the peak.
@@ -90,6 +90,8 @@ class InversionModule(pl.LightningModule):
         self.consistency, self.consistency_from = consistency, consistency_from
         if (adversary := self._adversary) is not None:
             adversary.build(backbone)
+        if getattr(inverter, "lift", None) is not None and (consistency is not None or estimate_steps):
+            raise UserError("a lift has a loss of its own; leave consistency at null and estimate_steps at 0.")
         self.masking = FeatureMasking(mask_positions, mask_channels)
         if not self._trained():
             raise UserError(f"{type(inverter).__name__} has nothing to train.")

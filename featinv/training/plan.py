@@ -22,6 +22,7 @@ from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate
 from featinv.diffusion.architectures import outline_prior
 from featinv.diffusion.half import saved_bytes
+from featinv.diffusion.lift import training_backbone
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.inverters.build import build_inverter
@@ -48,6 +49,8 @@ def plan(config: DictConfig) -> Iterator[str]:
     with FlopCounterMode(display=False) as counter:
         spec = backbone.spec
     inverter = outline_inverter(config, backbone)
+    read = training_backbone(inverter, backbone).spec
+    shape = (read.channels, read.height, read.width)
     problems: list[str] = [*_missing_weights(config), *_devices(settings)]
     images = count_images(config, inverter.size, problems)
     yield f"features    {spec.channels} x {spec.height} x {spec.width} of {spec.layer!r}, {_named(config.backbone)}"
@@ -60,11 +63,11 @@ def plan(config: DictConfig) -> Iterator[str]:
     yield f"{'trained':12s}{_trained(inverter) / 1e6:12.1f} M  in all"
     yield ""
     with _mismatch("a training step does not go through"):
-        cost = step_cost(inverter, settings.batch_size, (spec.channels, spec.height, spec.width), settings.cache)
+        cost = step_cost(inverter, settings.batch_size, shape, settings.cache)
     yield from _memory(config, backbone, inverter, cost)
     yield ""
     yield from _time(config, cost, 0 if settings.cache else counter.get_total_flops(), images)
-    yield from _disk(config, inverter, (spec.channels, spec.height, spec.width), images, problems)
+    yield from _disk(config, inverter, shape, images, problems)
     yield ""
     yield from ["before it can train:", *(f"  - {line}" for line in problems)] if problems else ["nothing is missing."]
 

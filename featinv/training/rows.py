@@ -79,6 +79,7 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
         "data": OmegaConf.to_container(config.data.params.train, resolve=True),
         "first_stage": first_stage_fingerprint(first_stage) if first_stage is not None else None,
         "backbone": OmegaConf.to_container(config.backbone, resolve=True),
+        "layer": module.backbone.layer,
     }
     return build_cache(
         settings.cache_root, description, dataset, first_stage, module.backbone, num_workers=data.num_workers

@@ -1,0 +1,149 @@
+"""The lift: an earlier layer's map drawn from the last one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import save_tiny, tiny_config, tiny_prior
+from omegaconf import OmegaConf
+
+from featinv.backbones.base import FeatureSpec
+from featinv.checkpoint import load_checkpoint
+from featinv.diffusion.lift import FeatureLift, training_backbone
+from featinv.errors import UserError
+from featinv.inverters.build import about, build_inverter, load_inverter
+from featinv.training.consistency import SampleConsistency
+from featinv.training.module import InversionModule
+
+SIZES = {"layer": "layer3", "components": 16, "hidden": 16, "condition_channels": 8, "widths": [16, 16]}
+
+
+@pytest.fixture
+def lift(backbone):
+    lift = FeatureLift(backbone.spec, backbone, **SIZES)
+    lift.fit(lift.backbone(torch.rand(16, 3, 32, 32)))
+    return lift.eval()
+
+
+def _knowing(lift, clean):
+    """The lift with the true velocity towards normalised maps in place of its UNet."""
+    lift._velocity = lambda noisy, level, condition: (noisy - clean) / level[:, None, None, None]
+    return lift
+
+
+def test_the_rest_of_the_network_gives_the_last_map_and_fit_normalises(lift, backbone) -> None:
+    images = torch.rand(4, 3, 32, 32)
+    assert torch.allclose(lift.last_map(lift.backbone(images)), backbone(images), atol=1e-4)
+    maps = lift.backbone(torch.rand(50, 3, 32, 32))
+    lift.fit(maps)
+    for channel in (0, 7):
+        values = maps[:, channel].flatten()
+        assert float(lift.mean[channel]) == pytest.approx(float(values.mean()), abs=1e-5)
+        assert float(lift.std[channel]) == pytest.approx(float(values.std()), rel=1e-4)
+
+
+def test_the_loss_is_the_squared_error_of_the_velocity(lift) -> None:
+    seeds, maps = [3, 8], lift.backbone(torch.rand(2, 3, 32, 32))
+    given = []
+
+    def none(noisy, level, condition):
+        given.append((noisy, level))
+        return torch.zeros_like(noisy)
+
+    lift._velocity = none
+    losses = {name: value.detach() for name, value in lift.training_losses(maps, seeds).items()}
+    clean = (maps - lift.mean) / lift.std
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
+    assert float(losses["flow"]) == pytest.approx(float((noise - clean).square().mean()), rel=1e-5)
+    estimate = lift.condition(lift.last_map(maps))[1].detach()
+    assert float(losses["regression"]) == pytest.approx(float((estimate - clean).square().mean()), rel=1e-5)
+    assert float(losses["loss"]) == pytest.approx(float(losses["flow"] + 0.5 * losses["regression"]), rel=1e-5)
+    (noisy, level), s = given[0], given[0][1][:, None, None, None]
+    assert torch.allclose(noisy, (1 - s) * clean + s * noise, atol=1e-5) and ((0 < level) & (level < 1)).all()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_with_the_true_velocity_sampling_ends_at_the_map_itself(lift, steps) -> None:
+    maps = lift.backbone(torch.rand(2, 3, 32, 32))
+    lift.num_inference_steps, lift.guidance_iterations = steps, 0
+    drawn = _knowing(lift, (maps - lift.mean) / lift.std)(lift.last_map(maps), [1, 2])
+    assert torch.allclose(drawn, maps, atol=1e-4)
+
+
+def test_guidance_raises_the_cosine_of_the_last_map(lift) -> None:
+    maps, others = (lift.backbone(torch.rand(3, 3, 32, 32) ** power) for power in (1, 3))
+    wanted = lift.last_map(maps)
+    _knowing(lift, (others - lift.mean) / lift.std)  # a velocity that is wrong
+
+    def reached(iterations):
+        lift.guidance_iterations = iterations
+        return F.cosine_similarity(lift.last_map(lift(wanted, [1, 2, 3])).flatten(1), wanted.flatten(1))
+
+    assert (reached(4) > reached(0)).all()
+
+
+def test_a_row_depends_on_its_own_features_and_seed_alone(lift) -> None:
+    features = lift.last_map(lift.backbone(torch.rand(3, 3, 32, 32)))
+    together, alone = lift(features, [5, 6, 7]), lift(features[1:2], [6])
+    assert torch.allclose(together[1:2], alone, atol=1e-3 * float(alone.abs().max()))
+    assert not torch.allclose(together[1:2], lift(features[1:2], [9]), atol=1e-2)
+
+
+def test_layers_that_cannot_be_lifted_are_refused(backbone) -> None:
+    with pytest.raises(UserError, match="starts at the last map"):
+        FeatureLift(backbone.at("layer3").spec, backbone, **SIZES)
+    odd = backbone.at("layer3")
+    odd._spec = FeatureSpec(256, 5, 5, "layer3")
+    odd.at = lambda layer: odd
+    with pytest.raises(UserError, match="5 x 5 positions"):
+        FeatureLift(backbone.spec, odd, **SIZES)
+
+
+@pytest.fixture
+def lifted(tmp_path, backbone):
+    """Configuration of a lift in front of the inverter of `layer3` in tmp_path/lender."""
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    earlier = tiny_config(tmp_path / "prior")
+    earlier.backbone.params = {**earlier.backbone.params, "layer": "layer3"}
+    save_tiny(tmp_path / "lender" / "inverter.safetensors", earlier, backbone.at("layer3"))
+    lift = {"target": "featinv.diffusion.lift.FeatureLift", "params": SIZES}
+    return tiny_config(tmp_path / "prior", lift=lift, branch_of=str(tmp_path / "lender"))
+
+
+def test_an_inverter_with_a_lift_trains_and_saves_the_lift_alone(tmp_path, lifted, backbone) -> None:
+    inverter = save_tiny(tmp_path / "run" / "inverter.safetensors", lifted, backbone)
+    state = load_checkpoint(tmp_path / "run" / "inverter.safetensors")["state_dict"]
+    assert state and all(key.startswith("lift.") for key in state)
+
+    features = backbone(torch.rand(2, 3, 32, 32))
+    drawn, again = inverter.invert(features, seeds=[1, 2]), load_inverter(tmp_path / "run")
+    assert (again.invert(features, seeds=[1, 2]) - drawn).abs().max() < 1e-4
+    lender = load_inverter(tmp_path / "lender")  # draws the same from what the lift has drawn
+    assert (lender.invert(inverter.lift(features, [1, 2]), seeds=[1, 2]) - drawn).abs().max() < 1e-4
+    mean = lender.posterior_mean(inverter.lift.estimate(features))
+    assert (inverter.posterior_mean(features) - mean).abs().max() < 1e-4
+
+    assert training_backbone(inverter, backbone).layer == "layer3"
+    fresh = build_inverter(lifted, backbone.spec)
+    images = torch.rand(2, 3, 32, 32)
+    fresh.training_losses(images, backbone.at("layer3")(images), seeds=[1, 2])["loss"].backward()
+    trained = {name for name, p in fresh.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained and all(name.startswith("lift.") for name in trained)
+
+
+def test_a_lift_goes_on_with_a_branch_that_was_trained_further(tmp_path, lifted, backbone) -> None:
+    inverter = save_tiny(tmp_path / "run" / "inverter.safetensors", lifted, backbone)
+    torch.manual_seed(9)
+    earlier = OmegaConf.merge(lifted, {"lift": None, "branch_of": None})
+    earlier.backbone.params = {**earlier.backbone.params, "layer": "layer3"}
+    save_tiny(tmp_path / "lender" / "inverter.safetensors", earlier, backbone.at("layer3"))
+    again, features = load_inverter(tmp_path / "run"), backbone(torch.rand(1, 3, 32, 32))
+    assert torch.allclose(again.lift(features, [1]), inverter.lift(features, [1]), atol=1e-3)
+
+
+def test_terms_that_a_lift_does_not_have_are_refused(lifted, backbone) -> None:
+    inverter = build_inverter(lifted, backbone.spec)
+    settings = {"described": about(lifted, inverter, backbone.spec)}
+    InversionModule(inverter, backbone.at("layer3"), **settings)
+    for more in ({"consistency": SampleConsistency()}, {"estimate_steps": 5}):
+        with pytest.raises(UserError, match="a lift has a loss of its own"):
+            InversionModule(inverter, backbone.at("layer3"), **settings, **more)
