@@ -58,7 +58,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(lift) -> None:
     assert float(losses["regression"]) == pytest.approx(float((estimate - clean).square().mean()), rel=1e-5)
     assert float(losses["loss"]) == pytest.approx(float(losses["flow"] + 0.5 * losses["regression"]), rel=1e-5)
     (noisy, level), s = given[0], given[0][1][:, None, None, None]
-    assert torch.allclose(noisy, (1 - s) * clean + s * noise, atol=1e-5) and ((0 < level) & (level < 1)).all()
+    assert torch.allclose(noisy, (1 - s) * clean + s * noise, atol=1e-5) and ((level > 0) & (level < 1)).all()
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])

@@ -1,4 +1,4 @@
-"""From a network's last map back to an earlier one: what the later layers threw away is drawn anew, in feature space."""
+"""From a network's last map back to an earlier one: what later layers threw away is drawn anew, in feature space."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ class DiffusionInverter(nn.Module):
         branch: "controlnet", a copy of the UNet's encoder that runs in every step, or "light" (`LightBranch`), a small
             network that runs once per image.
         gated: Whether predictions are pulled towards the encoder's regression estimate (`EstimateGate`).
-        lift: Draws the map of an earlier layer from the one that is given; encoder and branch are then that layer's, and
-            only the lift is trained, on maps of the earlier layer.
+        lift: Draws the map of an earlier layer from the one that is given; encoder and branch are then that layer's,
+            and only the lift is trained, on maps of the earlier layer.
     """
 
     def __init__(
