@@ -31,6 +31,14 @@ def test_the_published_networks_have_their_published_sizes(capsys) -> None:
     assert "trained average" not in text  # the published recipe keeps none
 
 
+def test_a_lift_is_planned_by_the_maps_that_it_is_trained_on(monkeypatch) -> None:
+    monkeypatch.setenv("PHOTOS_ROOT", "nowhere")
+    text = "\n".join(plan(load_config("photos64")))
+    found = {line.split()[0]: line.split()[2:] for line in text.splitlines() if " M  " in line}
+    assert found["lift"][-1] == "trained" and {found[part][-1] for part in ("encoder", "branch")} == {"frozen"}
+    assert "1280 x 4 x 4 of 'final'" in text and "operations" in text
+
+
 class _OneConvolution(nn.Module):
     """Loss = mean of the squares of one convolution of the pictures."""
 

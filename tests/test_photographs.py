@@ -17,7 +17,14 @@ from featinv.diffusion.prior import load_prior
 from featinv.inverters.build import find_inverter
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-EXPERIMENTS = ("photos64", "photos64_early", "photos64_mobilenetv2", "photos64_pooled", "photos64_upconv")
+EXPERIMENTS = (
+    "photos64",
+    "photos64_direct",
+    "photos64_early",
+    "photos64_mobilenetv2",
+    "photos64_pooled",
+    "photos64_upconv",
+)
 absent = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample photographs are not here")
 
 
@@ -25,7 +32,7 @@ absent = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample photographs 
 def test_an_experiment_on_photographs_is_that_on_scenes_with_other_data_and_prior(name: str, monkeypatch) -> None:
     monkeypatch.setenv("PHOTOS_ROOT", "photos")
     config = load_config(name)
-    on_scenes = name.replace("photos64", "scenes64").removesuffix("_mobilenetv2")
+    on_scenes = name.replace("photos64", "scenes64").removesuffix("_mobilenetv2").removesuffix("_direct")
     expected = OmegaConf.merge(load_config(on_scenes), {"prior": "photos64"})
     expected.data = config.data
     if name.endswith("mobilenetv2"):
@@ -33,7 +40,7 @@ def test_an_experiment_on_photographs_is_that_on_scenes_with_other_data_and_prio
     if lender := config.training.start or config.branch_of:  # other schedules, a narrower new encoder
         assert find_inverter(lender).is_file()
         expected.training, expected.conditioning.params = config.training, config.conditioning.params
-        expected.branch_of = config.branch_of
+        expected.branch_of, expected.lift = config.branch_of, config.lift
     else:  # an epoch of images as they come
         expected.training.max_steps, expected.training.cache = 2500, False
     assert OmegaConf.to_container(config, resolve=True) == OmegaConf.to_container(expected, resolve=True)

@@ -151,7 +151,8 @@ def inverter_section(path: Path) -> list[str]:
         "machine": record.get("machine", "not recorded"),
     }
     if lender := config.get("branch_of"):
-        rows["inverter"] += f", an encoder in front of the branch of `{lender}`, which must be there"
+        kind = "a lift to the features" if config.get("lift") else "an encoder in front of the branch"
+        rows["inverter"] += f", {kind} of `{lender}`, which must be there"
     lines = [f"## Inverter `{path.parent.parent.name}/{path.stem}`", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()] + [""]
     if "share" in last:

@@ -41,3 +41,9 @@ def multiplies_half_on_cpu(values: Tensor) -> bool:
 def half_arithmetic(device: torch.device, half: bool) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 products if `half`, else whatever the caller has chosen."""
     return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+
+def full_arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The products that the tensors' own formats ask for, also where a caller has chosen bfloat16."""
+    known = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

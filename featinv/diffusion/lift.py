@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.conditioning.encoders import SpatialEncoder
+from featinv.diffusion.half import full_arithmetic
 from featinv.diffusion.objective_guidance import climb
 from featinv.errors import UserError
 from featinv.image import seeded_noise
@@ -93,7 +94,7 @@ class FeatureLift(nn.Module):
     def last_map(self, earlier: Tensor) -> Tensor:
         """Earlier maps (N, C, H, W) -> the network's last maps (N, C', H', W'), in float32."""
         self._backbone[0] = self.backbone.to(earlier.device)
-        with torch.autocast(earlier.device.type, enabled=False):
+        with full_arithmetic(earlier.device):
             return self.backbone.final_from(earlier.float())
 
     @torch.no_grad()

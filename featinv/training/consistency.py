@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featinv.backbones.base import Backbone
+from featinv.diffusion.half import full_arithmetic
 from featinv.training.adversary import Adversary
 
 
@@ -133,7 +134,7 @@ class SampleConsistency:
         )
         drawn = inverter.prior.first_stage.decode(latents.float())
         # Differences of maps are small beside the maps; and CPUs are slow at half-precision backbones.
-        with torch.autocast(drawn.device.type, enabled=False):
+        with full_arithmetic(drawn.device):
             return self._judge(inverter, backbone, losses, features, drawn, [self._shift(seed) for seed in seeds])
 
     def _judge(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from featinv.backbones.base import Backbone
 from featinv.diffusion.controlled_unet import unconditional
 from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.half import full_arithmetic
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
@@ -140,7 +141,7 @@ class FirstStageModule(pl.LightningModule):
         adversary, again = self._adversary[0], again.clamp(0, 1)
         layers = [backbone.layer, *(adversary.maps if adversary is not None else [])]
         # In float32: differences of maps are small beside the maps.
-        with torch.autocast(images.device.type, enabled=False):
+        with full_arithmetic(images.device):
             with torch.no_grad():
                 wanted, *originals = backbone.maps(images, layers)
             own, *maps = backbone.maps(again, layers)
