@@ -10,7 +10,7 @@ import yaml
 from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
 
-from featinv.checkpoint import read_header, save_checkpoint
+from featinv.checkpoint import load_checkpoint, read_header, save_checkpoint
 from featinv.files import load_safetensors
 from featinv.inverters.build import load_trained
 from tools import bundle as tool
@@ -108,6 +108,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(run, tmp_path, capsys,
     described = {"config": {"branch_of": "fam/one"}, "branch": "as it was", "prior": None}
     save_checkpoint(borrower, {"featinv": described, "state_dict": {}})
     assert "borrows the branch of fam/one as it was" in refused("inverter", run, "fam/one")
+    whole = load_checkpoint(weights / "fam" / "inverters" / "one.safetensors")
+    whole["featinv"] |= {"branch": None, "config": whole["featinv"]["config"] | {"branch_of": "fam/one"}}
+    save_checkpoint(borrower, whole)  # as a lift does, which goes on with any branch
+    call("inverter", run, "fam/one", "--into", weights)
     borrower.unlink()
     torch.manual_seed(9)
     tiny_prior().save_pretrained(run / "prior")
