@@ -153,6 +153,8 @@ def inverter_section(path: Path) -> list[str]:
     if lender := config.get("branch_of"):
         kind = "a lift to the features" if config.get("lift") else "an encoder in front of the branch"
         rows["inverter"] += f", {kind} of `{lender}`, which must be there"
+    if config.get("lift"):
+        rows["lift"] = _short(config["lift"])
     lines = [f"## Inverter `{path.parent.parent.name}/{path.stem}`", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()] + [""]
     if "share" in last:
