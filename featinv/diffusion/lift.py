@@ -41,7 +41,7 @@ class FeatureLift(nn.Module):
         regression_weight: Of the encoder's own estimate, the mean of all earlier maps.
 
     Raises:
-        UserError: If the layer's map does not determine the last one, or its sides are odd.
+        UserError: If the features are not of the last map, or the layer's sides are odd.
     """
 
     mean: Tensor
