@@ -140,6 +140,11 @@ def test_a_lift_goes_on_with_a_branch_that_was_trained_further(tmp_path, lifted,
     assert torch.allclose(again.lift(features, [1]), inverter.lift(features, [1]), atol=1e-3)
 
 
+def test_a_lift_without_a_lender_is_refused(lifted, backbone) -> None:
+    with pytest.raises(UserError, match="set branch_of"):
+        build_inverter(OmegaConf.merge(lifted, {"branch_of": None}), backbone.spec)
+
+
 def test_terms_that_a_lift_does_not_have_are_refused(lifted, backbone) -> None:
     inverter = build_inverter(lifted, backbone.spec)
     settings = {"described": about(lifted, inverter, backbone.spec)}

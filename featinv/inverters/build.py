@@ -58,6 +58,8 @@ def build_inverter(
             raise UserError("this inverter needs a prior; set prior=NAME_OR_PATH.")
         derived["prior"] = prior = prior or load_prior(config.prior)
     if "lift" in wanted and config.get("lift"):
+        if not config.get("branch_of"):
+            raise UserError("a lift draws for another inverter's encoder and branch; set branch_of=NAME_OR_PATH.")
         backbone = backbone or instantiate(config.backbone, where="backbone")
         derived["lift"] = instantiate(config.lift, where="lift", spec=spec, backbone=backbone)
     if "encoder" in wanted:
