@@ -8,11 +8,13 @@ from omegaconf import OmegaConf
 
 from featinv.backbones.base import FeatureSpec
 from featinv.checkpoint import load_checkpoint
+from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.lift import FeatureLift, training_backbone
 from featinv.errors import UserError
 from featinv.inverters.build import about, build_inverter, load_inverter
 from featinv.training.consistency import SampleConsistency
 from featinv.training.module import InversionModule
+from featinv.training.rows import prepare, training_rows
 
 SIZES = {"layer": "layer3", "components": 16, "hidden": 16, "condition_channels": 8, "widths": [16, 16]}
 
@@ -152,3 +154,16 @@ def test_terms_that_a_lift_does_not_have_are_refused(lifted, backbone) -> None:
     for more in ({"consistency": SampleConsistency()}, {"estimate_steps": 5}):
         with pytest.raises(UserError, match="a lift has a loss of its own"):
             InversionModule(inverter, backbone.at("layer3"), **settings, **more)
+
+
+def test_a_lift_reads_no_latents_and_its_cache_of_two_epochs_holds_none(tmp_path, lifted, backbone) -> None:
+    inverter = build_inverter(lifted, backbone.spec)
+    module = InversionModule(inverter, training_backbone(inverter, backbone))
+    train = {"target": "featinv.data.scenes.ScenesDataset", "params": {"length": 3, "size": 32}}
+    data = {"target": "featinv.data.datamodule.ImageDataModule", "params": {"train": train}}
+    settings = {"cache": True, "cache_epochs": 2, "cache_root": str(tmp_path / "cache")}
+    rows = training_rows(OmegaConf.merge(lifted, {"data": data, "training": settings}), module, tmp_path)
+    assert len(rows) == 6 and set(rows[[0, 1]]) == {"features", "image"}
+    prepare(module, rows, 6, tmp_path)
+    maps = inverter.lift.backbone(torch.stack([ScenesDataset(3, size=32)[i]["image"] for i in range(3)]))
+    assert (inverter.lift.mean.flatten() - maps.mean((0, 2, 3))).abs().max() < 1e-2

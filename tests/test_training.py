@@ -4,14 +4,17 @@ import pytest
 import torch
 from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
+from PIL import Image
 
 from featinv.backbones import load_backbone
 from featinv.checkpoint import load_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
+from featinv.data.folders import FlatFolder
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
 from featinv.files import load_safetensors
 from featinv.inverters.diffusion import DiffusionInverter
+from featinv.training.batches import Epochs
 from featinv.training.cache import build_cache
 from featinv.training.consistency import EstimateConsistency, SampleConsistency, _log_power, _moved
 from featinv.training.module import InversionModule
@@ -32,6 +35,22 @@ def _module(backbone, max_steps: int = 6, **settings) -> InversionModule:
 @pytest.fixture
 def cache(tmp_path, backbone):
     return build_cache(tmp_path / "cache", {}, ScenesDataset(12, size=32), tiny_prior().first_stage, backbone, 4)
+
+
+def test_a_cache_keeps_the_crops_and_flips_of_as_many_epochs_as_are_asked(tmp_path, backbone) -> None:
+    for name, color in (("a", (200, 40, 10)), ("b", (0, 90, 220))):
+        image = Image.new("RGB", (40, 40), color)
+        image.paste((255, 255, 255), (0, 0, 12, 25))
+        image.save(tmp_path / f"{name}.png")
+    images = FlatFolder(tmp_path, size=32, augment=True)
+    cached = build_cache(tmp_path / "cache", {}, Epochs(images, 3), None, backbone)[range(6)]["image"]
+    for epoch in range(3):
+        images.set_epoch(epoch)
+        drawn = torch.stack([images[0]["image"], images[1]["image"]])
+        assert (cached[2 * epoch : 2 * epoch + 2] - drawn).abs().max() <= 0.5 / 255 + 1e-6
+    assert (cached[0] - cached[2]).abs().max() > 0.1 < (cached[2] - cached[4]).abs().max()
+    with pytest.raises(UserError, match="cache_epochs must be at least 1"):
+        Epochs(images, 0)
 
 
 class _Killed(Exception):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.conditioning.encoders import SpatialEncoder
+from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.half import full_arithmetic
 from featinv.diffusion.objective_guidance import climb
+from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.image import seeded_noise
 
@@ -159,3 +161,9 @@ def training_backbone(inverter: Any, backbone: Backbone) -> Backbone:
     """The backbone whose maps an inverter's training reads: a lift's own, the later maps follow from them."""
     lift = getattr(inverter, "lift", None)
     return backbone if lift is None else lift.backbone
+
+
+def training_first_stage(inverter: Any) -> FirstStage | None:
+    """The first stage whose latents an inverter's training reads; None where it reads images, or features alone."""
+    prior = getattr(inverter, "prior", None)
+    return prior.first_stage if isinstance(prior, DiffusionPrior) and getattr(inverter, "lift", None) is None else None

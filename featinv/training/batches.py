@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from featinv.data.datamodule import collate
+from featinv.errors import UserError
 
 
 class StepBatches(Sampler[list[int]]):
@@ -80,3 +81,29 @@ class BatchedRows(Dataset[dict[str, Any]]):
             many = getattr(self.dataset, "__getitems__", None)
             items += many(own) if many is not None else [self.dataset[row] for row in own]
         return collate(items)
+
+
+class Epochs(Dataset[dict[str, Any]]):
+    """The first epochs of a map-style data set, one after the other: as many random crops and flips of each image.
+
+    Args:
+        dataset: Its items are as in `featinv.data`; `set_epoch`, where it has one, is told the epoch of each item.
+        epochs: At least 1.
+
+    Raises:
+        UserError: If there is no epoch.
+    """
+
+    def __init__(self, dataset: Dataset[dict[str, Any]], epochs: int):
+        if epochs < 1:
+            raise UserError(f"training.cache_epochs must be at least 1, not {epochs}.")
+        self.dataset, self.epochs = dataset, epochs
+
+    def __len__(self) -> int:
+        return self.epochs * len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        epoch, index = divmod(row, len(self) // self.epochs)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        return self.dataset[index]

@@ -22,7 +22,7 @@ from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate
 from featinv.diffusion.architectures import outline_prior
 from featinv.diffusion.half import saved_bytes
-from featinv.diffusion.lift import training_backbone
+from featinv.diffusion.lift import training_backbone, training_first_stage
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
 from featinv.inverters.build import build_inverter
@@ -176,12 +176,11 @@ def _disk(
     cache = 0
     if config.training.cache and images:
         shapes = {"features": features}
-        prior = getattr(inverter, "prior", None)
-        if isinstance(prior, DiffusionPrior):
-            shapes |= {"mean": prior.latent_shape, "std": prior.latent_shape}
+        if training_first_stage(inverter) is not None:
+            shapes |= dict.fromkeys(("mean", "std"), inverter.prior.latent_shape)
         else:
             shapes["image"] = (3, inverter.size, inverter.size)
-        cache = cache_bytes(images, shapes)
+        cache = cache_bytes(images * config.training.get("cache_epochs", 1), shapes)
     free = shutil.disk_usage(".").free
     yield f"disk        {_gigabytes(checkpoints).strip()} of checkpoints, {_gigabytes(cache).strip()} of cache"
     if checkpoints + cache > free:

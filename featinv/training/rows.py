@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from featinv.config import differences, instantiate
-from featinv.diffusion.prior import DiffusionPrior
+from featinv.diffusion.lift import training_first_stage
 from featinv.errors import UserError
 from featinv.files import write_text
 from featinv.inverters.build import first_stage_fingerprint, take_over
-from featinv.training.batches import BatchedRows
+from featinv.training.batches import BatchedRows, Epochs
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
 from featinv.training.runner import last_checkpoint
@@ -57,7 +57,7 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
 
     With `training.cache`, features and latents (images, if there is no first stage) are computed once, or found from an
     earlier run, which saves the first stage and the backbone in every step; random crops and flips are then those of
-    the first epoch.
+    the first `training.cache_epochs` epochs. A lift reads no latents: the images are kept instead, which cost less.
 
     Unreadable images are named in `folder`/skipped.json.
 
@@ -73,14 +73,16 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
         return dataset
     if not settings.cache:
         return BatchedRows(dataset)
-    prior = getattr(module.inverter, "prior", None)
-    first_stage = prior.first_stage if isinstance(prior, DiffusionPrior) else None
+    first_stage = training_first_stage(module.inverter)
     description = {
         "data": OmegaConf.to_container(config.data.params.train, resolve=True),
         "first_stage": first_stage_fingerprint(first_stage) if first_stage is not None else None,
         "backbone": OmegaConf.to_container(config.backbone, resolve=True),
         "layer": module.backbone.layer,
     }
+    epochs = settings.get("cache_epochs", 1)
+    if epochs != 1:
+        dataset, description = Epochs(dataset, epochs), description | {"epochs": epochs}
     return build_cache(
         settings.cache_root, description, dataset, first_stage, module.backbone, num_workers=data.num_workers
     )
@@ -101,15 +103,15 @@ def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: i
     """Let the inverter fit what it solves in closed form, from the first `images` rows, unless the run has begun."""
     if not images or isinstance(dataset, IterableDataset) or last_checkpoint(folder) is not None:
         return
-    features, latents = [], []
+    features, latents, first_stage = [], [], training_first_stage(module.inverter)
     total = min(images, len(dataset))  # type: ignore[arg-type]
     for start in range(0, total, 64):
         batch = dataset[list(range(start, min(start + 64, total)))]  # type: ignore[index]
         features.append(module.features_of(batch).cpu())
         if "latents" in batch:
             latents.append(batch["latents"])
-        elif isinstance(getattr(module.inverter, "prior", None), DiffusionPrior):
-            latents.append(module.inverter.prior.first_stage.encode(batch["image"]))
+        elif first_stage is not None:
+            latents.append(first_stage.encode(batch["image"]))
     log.info("fitting whitening and linear estimate on %d images", total)
     module.inverter.prepare(torch.cat(features), torch.cat(latents) if latents else None)
 
