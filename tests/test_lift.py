@@ -15,6 +15,7 @@ from featinv.inverters.build import about, build_inverter, load_inverter
 from featinv.training.consistency import SampleConsistency
 from featinv.training.module import InversionModule
 from featinv.training.rows import prepare, training_rows
+from featinv.training.teacher import LiftedMaps
 
 SIZES = {"layer": "layer3", "components": 16, "hidden": 16, "condition_channels": 8, "widths": [16, 16]}
 
@@ -167,3 +168,34 @@ def test_a_lift_reads_no_latents_and_its_cache_of_two_epochs_holds_none(tmp_path
     prepare(module, rows, 6, tmp_path)
     maps = inverter.lift.backbone(torch.stack([ScenesDataset(3, size=32)[i]["image"] for i in range(3)]))
     assert (inverter.lift.mean.flatten() - maps.mean((0, 2, 3))).abs().max() < 1e-2
+
+
+def test_a_share_of_rows_is_drawn_from_lifted_maps_and_compared_with_them_alone(tmp_path, lifted, backbone) -> None:
+    lift = save_tiny(tmp_path / "run" / "inverter.safetensors", lifted, backbone).lift
+    maps, inverter = LiftedMaps(tmp_path / "run", share=0.5), load_inverter(tmp_path / "lender")
+    images, seeds, earlier = torch.rand(4, 3, 32, 32), [1, 2, 3, 4], backbone.at("layer3")
+    features = earlier(images)
+    drawn_maps = maps(features, seeds)
+    assert (drawn_maps - lift(backbone(images[:2]), [1, 2])).abs().max() < 1e-3 and len(maps(features[:1], [1])) == 0
+
+    term = SampleConsistency(rows=4, jitter=5, earlier={"layer1": 0.5}, lifted=maps)
+    term._shift = lambda seed: {3: (1, 2)}.get(seed, (0, 3) if seed < 3 else (0, 0))
+    with torch.no_grad():
+        found = term(inverter, earlier, {"images": images}, features, seeds)
+        given = torch.cat([drawn_maps, features[2:]])
+        drawn = inverter.invert(given, seeds=seeds)
+        judged, shown = (x.clone() for x in (drawn, images))
+        for x in (judged, shown):
+            x[2] = x[2].roll((1, 2), (1, 2))
+        wanted = torch.cat([given[:2], earlier(shown[2:3]), given[3:]])
+        expected = 1 - F.cosine_similarity(earlier(judged).flatten(1), wanted.flatten(1)).mean()
+        first = [backbone.at("layer1")(x[2:]).flatten(1) for x in (judged, shown)]
+        expected += 0.5 * (1 - F.cosine_similarity(*first).mean())
+    assert float(found) == pytest.approx(float(expected), abs=1e-4)
+
+    with pytest.raises(UserError, match="draws maps of 'layer3'"):
+        maps(backbone(images), seeds)
+    with pytest.raises(UserError, match="has no lift"):
+        LiftedMaps(tmp_path / "lender")
+    with pytest.raises(UserError, match="between 0 and 1"):
+        LiftedMaps(tmp_path / "run", share=1.0)

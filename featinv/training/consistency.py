@@ -13,6 +13,7 @@ from torch import Tensor
 from featinv.backbones.base import Backbone
 from featinv.diffusion.half import full_arithmetic
 from featinv.training.adversary import Adversary
+from featinv.training.teacher import LiftedMaps
 
 
 class Consistency(Protocol):
@@ -100,6 +101,8 @@ class SampleConsistency:
             map, among them some that only this network takes for the original; an earlier layer tells them apart, and
             is easier to descend on. (Dosovitskiy & Brox 2016, arXiv 1602.02644, train on such distances.)
         adversary: Tells what is drawn from photographs (`Adversary`), whatever the features say.
+        lifted: Draws the maps that some rows are given instead of their own (`LiftedMaps`). Such a row is not moved,
+            and what is drawn for it is compared with that map alone: the original is only one of many that it fits.
     """
 
     def __init__(
@@ -113,11 +116,12 @@ class SampleConsistency:
         spectrum_weight: float = 0.0,
         earlier: Mapping[str, float] | None = None,
         adversary: Adversary | None = None,
+        lifted: LiftedMaps | None = None,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
         self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
         self.jitter, self.spectrum_weight, self.earlier = jitter, spectrum_weight, dict(earlier or {})
-        self.adversary = adversary
+        self.adversary, self.lifted = adversary, lifted
 
     def __call__(
         self,
@@ -129,13 +133,18 @@ class SampleConsistency:
     ) -> Tensor:
         """Return 1 - cosine of the drawn pictures, and the weighted parts that were asked for."""
         features, seeds = features[: self.rows].float(), seeds[: self.rows]
+        shifts, first = [self._shift(seed) for seed in seeds], 0
+        if self.lifted is not None:
+            lifted = self.lifted(features, seeds)
+            first = len(lifted)
+            features, shifts = torch.cat([lifted, features[first:]]), [(0, 0)] * first + shifts[first:]
         latents = inverter.draw(
             features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
         )
         drawn = inverter.prior.first_stage.decode(latents.float())
         # Differences of maps are small beside the maps; and CPUs are slow at half-precision backbones.
         with full_arithmetic(drawn.device):
-            return self._judge(inverter, backbone, losses, features, drawn, [self._shift(seed) for seed in seeds])
+            return self._judge(inverter, backbone, losses, features, drawn, shifts, first)
 
     def _judge(
         self,
@@ -145,8 +154,12 @@ class SampleConsistency:
         features: Tensor,
         drawn: Tensor,
         shifts: list[tuple[int, int]],
+        first: int,
     ) -> Tensor:
-        """The distances of drawn pictures (N, 3, H, W), moved by `shifts`, from features (N, C, h, w)."""
+        """The distances of drawn pictures (N, 3, H, W), moved by `shifts`, from features (N, C, h, w).
+
+        From row `first` on they are also compared with their originals.
+        """
         further, moved = self._further(), [row for row, shift in enumerate(shifts) if any(shift)]
         judged = _moved(drawn, shifts) if moved else drawn
         own, *maps = backbone.maps(judged, [backbone.layer, *further])
@@ -162,9 +175,9 @@ class SampleConsistency:
         distance = _one_minus_cosine(own, features) + self._last_distance(backbone, own, features)
         pairs = dict(zip(further, zip(maps, targets, strict=True), strict=True))
         for layer, weight in self.earlier.items():
-            distance = distance + weight * _one_minus_cosine(*pairs[layer])
+            distance = distance + weight * _one_minus_cosine(*(x[first:] for x in pairs[layer]))
         if self.spectrum_weight:
-            difference = _log_power(drawn) - _log_power(originals)
+            difference = _log_power(drawn[first:]) - _log_power(originals[first:])
             distance = distance + self.spectrum_weight * difference.square().mean()
         if self.adversary is not None:
             self.adversary.build(backbone)

@@ -1,7 +1,8 @@
-"""A trained inverter of another layer teaches a new encoder what its branch understands."""
+"""What a trained inverter gives to another's training: the words that its branch knows, or maps that its lift draws."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,3 +37,38 @@ class EmbeddingTeacher:
         """Images (N, 3, H, W) in [0, 1] -> embedding (N, C0, h, w)."""
         self.encoder, self.backbone = self.encoder.to(images.device), self.backbone.to(images.device)
         return self.encoder(self.backbone(images).float())[0]
+
+
+class LiftedMaps:
+    """Maps that a lift has drawn from last maps, for the branch that will be told such ones.
+
+    They are not quite maps of pictures. A branch that was trained on pictures' own alone draws their faults; one that
+    has seen both, beside an adversary, need not.
+
+    Args:
+        inverter: A bundled name, a run's folder or a checkpoint of a diffusion inverter with a lift.
+        share: Of the rows of each batch, the first ones; below 1.
+
+    Raises:
+        UserError: If the inverter has no lift, the share is none, or, when called, the lift draws another layer's maps.
+    """
+
+    def __init__(self, inverter: str | Path, share: float = 0.5):
+        trained = load_trained(inverter).inverter
+        lift = getattr(trained, "lift", None)
+        if lift is None:
+            raise UserError(f"{inverter} has no lift, and so no maps to draw.")
+        if not 0 < share < 1:
+            raise UserError(f"the share of rows with lifted maps must lie between 0 and 1, not {share}.")
+        self.lift, self.share = lift.eval(), share
+
+    def __call__(self, features: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Earlier maps of pictures (N, C, H, W), N seeds -> the first share of them, lifted from their last maps."""
+        spec, rows = self.lift.spec, int(self.share * len(features))
+        if tuple(features.shape[1:]) != (spec.channels, spec.height, spec.width):
+            raise UserError(f"the lift draws maps of {spec.layer!r}, these are {tuple(features.shape[1:])}.")
+        if not rows:
+            return features[:0]
+        self.lift = self.lift.to(features.device)
+        with torch.no_grad():
+            return self.lift(self.lift.last_map(features[:rows]), seeds[:rows]).to(features)
