@@ -140,7 +140,9 @@ class FeatureLift(nn.Module):
     def forward(self, features: Tensor, seeds: Sequence[int]) -> Tensor:
         """Last maps (N, C', H', W') and N seeds -> earlier maps (N, C, H, W), row i from features[i] and seeds[i]."""
         condition, _ = self.condition(features)
-        noisy = seeded_noise(seeds, (self.spec.channels, self.spec.height, self.spec.width)).to(features)
+        shape = (self.spec.channels, self.spec.height, self.spec.width)
+        # Other numbers than the latents begin with.
+        noisy = seeded_noise([seed ^ 0x11F7 for seed in seeds], shape).to(features)
 
         def match(clean: Tensor) -> Tensor:
             return F.cosine_similarity(self.last_map(clean * self.std + self.mean).flatten(1), features.flatten(1))
