@@ -21,6 +21,7 @@ EXPERIMENTS = (
     "photos64",
     "photos64_direct",
     "photos64_early",
+    "photos64_early_lifted",
     "photos64_mobilenetv2",
     "photos64_pooled",
     "photos64_upconv",
@@ -32,7 +33,12 @@ absent = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample photographs 
 def test_an_experiment_on_photographs_is_that_on_scenes_with_other_data_and_prior(name: str, monkeypatch) -> None:
     monkeypatch.setenv("PHOTOS_ROOT", "photos")
     config = load_config(name)
-    on_scenes = name.replace("photos64", "scenes64").removesuffix("_mobilenetv2").removesuffix("_direct")
+    on_scenes = (
+        name.replace("photos64", "scenes64")
+        .removesuffix("_mobilenetv2")
+        .removesuffix("_direct")
+        .removesuffix("_lifted")
+    )
     expected = OmegaConf.merge(load_config(on_scenes), {"prior": "photos64"})
     expected.data = config.data
     if name.endswith("mobilenetv2"):
