@@ -1,6 +1,7 @@
 """Photographs of any size in shards, as eval.benchmark and the photos64 experiments read them."""
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -33,12 +34,7 @@ absent = pytest.mark.skipif(not SHARED.is_dir(), reason="the sample photographs 
 def test_an_experiment_on_photographs_is_that_on_scenes_with_other_data_and_prior(name: str, monkeypatch) -> None:
     monkeypatch.setenv("PHOTOS_ROOT", "photos")
     config = load_config(name)
-    on_scenes = (
-        name.replace("photos64", "scenes64")
-        .removesuffix("_mobilenetv2")
-        .removesuffix("_direct")
-        .removesuffix("_lifted")
-    )
+    on_scenes = re.sub("_(mobilenetv2|direct|lifted)$", "", name.replace("photos64", "scenes64"))
     expected = OmegaConf.merge(load_config(on_scenes), {"prior": "photos64"})
     expected.data = config.data
     if name.endswith("mobilenetv2"):
