@@ -16,7 +16,13 @@ from featinv.files import load_safetensors
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.batches import Epochs
 from featinv.training.cache import build_cache
-from featinv.training.consistency import EstimateConsistency, SampleConsistency, _log_power, _moved
+from featinv.training.consistency import (
+    EstimateConsistency,
+    SampleConsistency,
+    _log_power,
+    _moved,
+    _statistics_distance,
+)
 from featinv.training.module import InversionModule
 from featinv.training.prior_modules import PriorModule
 from featinv.training.rows import keep_config
@@ -242,6 +248,29 @@ def test_jitter_judges_both_pictures_moved_alike() -> None:
         for i, s in enumerate(seeds)
     ]
     assert float(found) == pytest.approx(sum(alone) / 3, abs=1e-4)  # no picture's move depends on its neighbours
+
+
+def test_statistics_see_what_all_pictures_lack_and_not_where_things_are(backbone) -> None:
+    module, images = _module(backbone), torch.rand(4, 3, 32, 32)
+    features, seeds = backbone(images), [1, 2, 3, 4]
+    term = SampleConsistency(rows=4, statistics={"layer1": 30.0})
+    drawn = module.inverter.invert(features, seeds=seeds)
+    found = float(term(module.inverter, backbone, {"images": images}, features, seeds))
+    plain = float(SampleConsistency(rows=4)(module.inverter, backbone, {"images": images}, features, seeds))
+    maps = [backbone.at("layer1")(x).double() for x in (drawn, images)]
+    expected = 0.0
+    for c in range(64):
+        scale = max(maps[1][:, c].std(), 0.01 * maps[1].transpose(0, 1).flatten(1).std(1).mean())
+        for statistic in (torch.mean, lambda x: x.std(correction=0)):
+            values = [sum(statistic(x[i, c]) for i in range(4)) / 4 for x in maps]
+            expected += float((values[0] - values[1]) / scale) ** 2 / 128
+    assert found - plain == pytest.approx(30 * expected, rel=1e-2)
+
+    wanted = torch.randn(6, 5, 8, 8)
+    assert float(_statistics_distance(wanted.flip(0).roll(3, 3), wanted)) < 1e-10
+    assert float(_statistics_distance(0.9 * wanted, wanted)) == pytest.approx(0.005, rel=0.05)
+    noise = torch.randn(600, 5, 8, 8)  # what differs from picture to picture cancels
+    assert float(_statistics_distance(noise, torch.randn(600, 5, 8, 8))) < 1e-4
 
 
 def test_spectra_tell_grain_and_contrast_but_not_places(backbone) -> None:

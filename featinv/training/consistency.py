@@ -49,6 +49,20 @@ def _log_power(images: Tensor, band: int = 4, least: float = 1e-4) -> Tensor:
     return (F.avg_pool2d(power, band) + least).log()
 
 
+def _statistics_distance(drawn: Tensor, originals: Tensor) -> Tensor:
+    """Mean square of the channels' differences in mean and deviation over positions, each averaged over the maps."""
+    scale = originals.std((0, 2, 3))
+    scale = scale.clamp(min=0.01 * float(scale.mean()))  # silent channels have none
+    means = (drawn.mean((2, 3)) - originals.mean((2, 3))).mean(0)
+    deviations = (_deviations(drawn) - _deviations(originals)).mean(0)
+    return (torch.stack([means, deviations]) / scale).square().mean()
+
+
+def _deviations(maps: Tensor) -> Tensor:
+    """Standard deviation of each channel over positions (N, C), with a gradient also where a channel is silent."""
+    return (maps.var((2, 3), correction=0) + 1e-6).sqrt()
+
+
 class EstimateConsistency:
     """Judge the one-step estimate of the clean latents (the reward of ControlNet++, arXiv 2404.07987, section 3.2).
 
@@ -100,6 +114,10 @@ class SampleConsistency:
         earlier: Layer -> weight of the distance to the original's map there. Very unlike pictures have nearly one last
             map, among them some that only this network takes for the original; an earlier layer tells them apart, and
             is easier to descend on. (Dosovitskiy & Brox 2016, arXiv 1602.02644, train on such distances.)
+        statistics: Layer -> weight of the squared difference, in the batch's mean, between each channel's mean and
+            deviation over the positions in drawn pictures and in originals, in units of the channel's deviation.
+            What is missing in every picture, contrast or texture, is little in each and shows in the mean. (The
+            moments of Li et al. 2015, arXiv 1502.02761, in the mean of paired pictures.)
         adversary: Tells what is drawn from photographs (`Adversary`), whatever the features say.
         lifted: Draws the maps that some rows are given instead of their own (`LiftedMaps`). Such a row is not moved,
             and what is drawn for it is compared with that map alone: the original is only one of many that it fits.
@@ -115,13 +133,14 @@ class SampleConsistency:
         jitter: int = 0,
         spectrum_weight: float = 0.0,
         earlier: Mapping[str, float] | None = None,
+        statistics: Mapping[str, float] | None = None,
         adversary: Adversary | None = None,
         lifted: LiftedMaps | None = None,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
         self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
         self.jitter, self.spectrum_weight, self.earlier = jitter, spectrum_weight, dict(earlier or {})
-        self.adversary, self.lifted = adversary, lifted
+        self.statistics, self.adversary, self.lifted = dict(statistics or {}), adversary, lifted
 
     def __call__(
         self,
@@ -176,6 +195,8 @@ class SampleConsistency:
         pairs = dict(zip(further, zip(maps, targets, strict=True), strict=True))
         for layer, weight in self.earlier.items():
             distance = distance + weight * _one_minus_cosine(*(x[first:] for x in pairs[layer]))
+        for layer, weight in self.statistics.items():
+            distance = distance + weight * _statistics_distance(*pairs[layer])
         if self.spectrum_weight:
             difference = _log_power(drawn[first:]) - _log_power(originals[first:])
             distance = distance + self.spectrum_weight * difference.square().mean()
@@ -203,7 +224,8 @@ class SampleConsistency:
 
     def _further(self) -> list[str]:
         """Layers that are looked at besides the inverted one."""
-        return list(dict.fromkeys([*self.earlier, *(self.adversary.maps if self.adversary is not None else [])]))
+        judged = self.adversary.maps if self.adversary is not None else []
+        return list(dict.fromkeys([*self.earlier, *self.statistics, *judged]))
 
     def _shift(self, seed: int) -> tuple[int, int]:
         """(down, right) of one picture in pixels; none for every other one."""
