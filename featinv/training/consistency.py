@@ -114,8 +114,8 @@ class SampleConsistency:
         earlier: Layer -> weight of the distance to the original's map there. Very unlike pictures have nearly one last
             map, among them some that only this network takes for the original; an earlier layer tells them apart, and
             is easier to descend on. (Dosovitskiy & Brox 2016, arXiv 1602.02644, train on such distances.)
-        statistics: Layer -> weight of the squared difference, in the batch's mean, between each channel's mean and
-            deviation over the positions in drawn pictures and in originals, in units of the channel's deviation.
+        statistics: Layer -> weight of the squared difference, in the mean of a process's rows, between each channel's
+            mean and deviation over positions in drawn pictures and in originals, in units of the channel's deviation.
             What is missing in every picture, contrast or texture, is little in each and shows in the mean. (The
             moments of Li et al. 2015, arXiv 1502.02761, in the mean of paired pictures.)
         adversary: Tells what is drawn from photographs (`Adversary`), whatever the features say.

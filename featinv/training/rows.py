@@ -57,7 +57,7 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
 
     With `training.cache`, features and latents (images, if there is no first stage) are computed once, or found from an
     earlier run, which saves the first stage and the backbone in every step; random crops and flips are then those of
-    the first `training.cache_epochs` epochs. A lift reads no latents: the images are kept instead, which cost less.
+    the first `training.cache_epochs` epochs. A lift reads no latents, so the images are kept in their place.
 
     Unreadable images are named in `folder`/skipped.json.
 
