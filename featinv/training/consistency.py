@@ -52,7 +52,7 @@ def _log_power(images: Tensor, band: int = 4, least: float = 1e-4) -> Tensor:
 def _statistics_distance(drawn: Tensor, originals: Tensor) -> Tensor:
     """Mean square of the channels' differences in mean and deviation over positions, each averaged over the maps."""
     scale = originals.std((0, 2, 3))
-    scale = scale.clamp(min=0.01 * float(scale.mean()))  # silent channels have none
+    scale = scale.clamp(min=0.01 * scale.mean())  # silent channels have none
     means = (drawn.mean((2, 3)) - originals.mean((2, 3))).mean(0)
     deviations = (_deviations(drawn) - _deviations(originals)).mean(0)
     return (torch.stack([means, deviations]) / scale).square().mean()
