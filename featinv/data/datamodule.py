@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -77,7 +78,7 @@ class ImageDataModule(pl.LightningDataModule):
         if isinstance(dataset, IterableDataset):
             loader: DataLoader[Item] = DataLoader(dataset, drop_last=shuffle, **options)
             # Lightning announces epochs to the sampler, and a stream may not be given one of its own.
-            loader.sampler.set_epoch = getattr(dataset, "set_epoch", _ignore_epoch)  # type: ignore[attr-defined]
+            loader.sampler.set_epoch = partial(tell_epoch, dataset)  # type: ignore[attr-defined]
             return loader
         sampler = EpochSampler(dataset, shuffle=shuffle, seed=self.seed)
         return DataLoader(dataset, sampler=sampler, drop_last=shuffle and len(sampler) >= self.batch_size, **options)
@@ -103,7 +104,7 @@ class EpochSampler(DistributedSampler[Item]):
         """Choose the order and a training set's crops; Lightning calls this before workers start."""
         super().set_epoch(epoch)
         if self.shuffle:
-            getattr(self.dataset, "set_epoch", _ignore_epoch)(epoch)
+            tell_epoch(self.dataset, epoch)
 
 
 def collate(items: Sequence[Item]) -> Item:
@@ -128,5 +129,7 @@ def collate(items: Sequence[Item]) -> Item:
     return batch
 
 
-def _ignore_epoch(epoch: int) -> None:
-    """Stand in for data sets without random crops."""
+def tell_epoch(dataset: Any, epoch: int) -> None:
+    """Say which random crops come next to a data set that has any."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from featinv.data.datamodule import collate
+from featinv.data.datamodule import collate, tell_epoch
 from featinv.errors import UserError
 
 
@@ -75,8 +75,7 @@ class BatchedRows(Dataset[dict[str, Any]]):
     def __getitem__(self, rows: Sequence[int]) -> dict[str, Any]:
         items: list[dict[str, Any]] = []
         for epoch in sorted({row // len(self) for row in rows}):
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
+            tell_epoch(self.dataset, epoch)
             own = [row % len(self) for row in rows if row // len(self) == epoch]
             many = getattr(self.dataset, "__getitems__", None)
             items += many(own) if many is not None else [self.dataset[row] for row in own]
@@ -104,6 +103,5 @@ class Epochs(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         epoch, index = divmod(row, len(self) // self.epochs)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        tell_epoch(self.dataset, epoch)
         return self.dataset[index]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from featinv.checkpoint import load_checkpoint, read_header, save_checkpoint
 from featinv.config import nearest
-from featinv.data.datamodule import collate
+from featinv.data.datamodule import collate, tell_epoch
 from featinv.errors import UserError
 from featinv.files import run_lock
 from featinv.processes import is_first_process, settled_objects, torchrun_layout
@@ -100,8 +100,7 @@ class _Endless(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count(self.first):
-            if hasattr(self.stream, "set_epoch"):
-                self.stream.set_epoch(epoch)
+            tell_epoch(self.stream, epoch)
             count = 0
             for count, item in enumerate(self.stream, 1):  # noqa: B007
                 yield item
