@@ -72,6 +72,40 @@ def test_with_the_true_velocity_sampling_ends_at_the_map_itself(lift, steps) -> 
     assert torch.allclose(drawn, maps, atol=1e-4)
 
 
+def test_churn_steps_past_the_next_level_and_noises_back_to_it(lift) -> None:
+    maps = lift.backbone(torch.rand(2, 3, 32, 32))
+    lift.num_inference_steps, lift.guidance_iterations = 5, 0
+    seen = []
+
+    def half(noisy, level, condition):
+        seen.append(noisy)
+        return 0.5 * noisy + 0.1
+
+    lift._velocity = half
+    last = (lift(lift.last_map(maps), [1, 2]) - lift.mean) / lift.std
+    for step, (noisy, found) in enumerate(zip(seen, [*seen[1:], last], strict=True)):
+        level, after = 1 - step / 5, 1 - (step + 1) / 5
+        kept = after * (1 - lift.churn**2) ** 0.5
+        past = kept / (1 - after + kept)  # down to this level by the flow
+        reached = noisy - (level - past) * (0.5 * noisy + 0.1)
+        # and up again by the forward process, whose noise is of unit variance
+        scale = (1 - after) / (1 - past)
+        added = found - scale * reached
+        deviation = (after**2 - (scale * past) ** 2) ** 0.5
+        assert float(added.std()) == pytest.approx(deviation, abs=0.02)
+        assert abs(float((added * noisy).mean())) < 0.02 * float(noisy.square().mean()) ** 0.5
+
+
+def test_without_churn_every_step_follows_the_flow(lift) -> None:
+    maps = lift.backbone(torch.rand(2, 3, 32, 32))
+    lift.num_inference_steps, lift.guidance_iterations, lift.churn = 4, 0, 0.0
+    seen = []
+    lift._velocity = lambda noisy, level, condition: seen.append(noisy) or noisy.sin()
+    last = (lift(lift.last_map(maps), [1, 2]) - lift.mean) / lift.std
+    for noisy, after in zip(seen, [*seen[1:], last], strict=True):
+        assert torch.allclose(after, noisy - noisy.sin() / 4, atol=1e-4)
+
+
 def test_guidance_raises_the_cosine_of_the_last_map(lift) -> None:
     maps, others = (lift.backbone(torch.rand(3, 3, 32, 32) ** power) for power in (1, 3))
     wanted = lift.last_map(maps)
@@ -94,6 +128,8 @@ def test_a_row_depends_on_its_own_features_and_seed_alone(lift) -> None:
 def test_layers_that_cannot_be_lifted_are_refused(backbone) -> None:
     with pytest.raises(UserError, match="starts at the last map"):
         FeatureLift(backbone.at("layer3").spec, backbone, **SIZES)
+    with pytest.raises(UserError, match="churn must lie between 0 and 1"):
+        FeatureLift(backbone.spec, backbone, **SIZES, churn=1.5)
     odd = backbone.at("layer3")
     odd._spec = FeatureSpec(256, 5, 5, "layer3")
     odd.at = lambda layer: odd
