@@ -115,7 +115,7 @@ def _draw_steps(axis: Any, content: Mapping[str, Any], metric: str) -> None:
 
 def _draw_training(axis: Any, logs: Mapping[str, Log]) -> None:
     for name, lines in logs.items():
-        axis.plot([x["images"] for x in lines], [x["share"] for x in lines], marker=".", label=name[-28:])
+        axis.plot([x["images"] for x in lines], [x["share"] for x in lines], marker=".", label=name[-36:])
     axis.set(xlabel="training images seen", title="share, during training")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
