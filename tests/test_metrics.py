@@ -378,9 +378,14 @@ def test_identification_equals_a_search_by_hand() -> None:
     assert M.identification(real, real).tolist() == [1.0] * 30
     assert M.identification(real, real.roll(1, 0)).tolist() == [0.0] * 30
     twice = torch.cat([real[:3], real[:3]])
-    assert M.identification(twice, twice).tolist() == [0.0] * 6  # an equally near other original
-    with pytest.raises(UserError, match="pairs"):
-        M.identification(real, fake[:5])
+    assert M.identification(twice, twice).tolist() == [0.5] * 6  # an equally near other original
+    assert M.identification(real, fake[:5]).tolist() == expected[:5]  # the other 25 are candidates only
+    fewer = M.identification(real, fake, candidates=4)
+    assert bool((fewer >= found).all()) and fewer.mean() > found.mean()
+    with pytest.raises(UserError, match="at least as many"):
+        M.identification(real[:5], fake)
+    with pytest.raises(UserError, match="between 2 and"):
+        M.identification(real, fake, candidates=31)
 
 
 def test_lpips_equals_its_formula_and_climbs_with_damage(photos: Tensor) -> None:

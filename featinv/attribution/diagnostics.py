@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
+from featinv.metrics.distribution import identification, pooled
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,6 @@ class LeakCheck:
 
 
 @torch.no_grad()
-def _pooled(referee: Backbone, images: Tensor, batch_size: int) -> Tensor:
-    parts = [referee(batch.to(referee.mean.device)).mean((2, 3)).cpu().double() for batch in images.split(batch_size)]
-    return F.normalize(torch.cat(parts), dim=1)
-
-
 def leak_check(
     originals: Tensor,
     reconstructions: Tensor,
@@ -179,7 +174,7 @@ def leak_check(
     seed: int = 0,
     batch_size: int = 64,
 ) -> LeakCheck:
-    """How often a reconstruction identifies its own original among candidates.
+    """How often a reconstruction identifies its own original among candidates: `metrics.identification`.
 
     Nearness is the cosine of the referee's feature maps averaged over positions.
 
@@ -195,14 +190,8 @@ def leak_check(
     Raises:
         UserError: If there are fewer originals than reconstructions, or candidates is not in 2..M.
     """
-    rows, count = len(reconstructions), len(originals)
-    if not 1 <= rows <= count:
-        raise UserError(f"{rows} reconstructions need at least as many originals (and one at least), not {count}.")
-    candidates = count if candidates is None else candidates
-    if not 2 <= candidates <= count:
-        raise UserError(f"candidates must lie between 2 and the number of originals, {count}; it is {candidates}.")
-    cosine = _pooled(referee, reconstructions, batch_size) @ _pooled(referee, originals, batch_size).T
-    order = torch.rand(rows, count, generator=torch.Generator().manual_seed(seed)).fill_diagonal_(-1)
-    compared = cosine.gather(1, order.argsort(1)[:, :candidates])  # the own original first
-    best = compared == compared.amax(1, keepdim=True)
-    return LeakCheck(best[:, 0].double() / best.sum(1).clamp(min=1), candidates)
+    real, fake = (
+        torch.cat([pooled(referee(batch.to(referee.mean.device))).cpu() for batch in images.split(batch_size)])
+        for images in (originals, reconstructions)
+    )
+    return LeakCheck(identification(real, fake, candidates, seed), candidates or len(real))

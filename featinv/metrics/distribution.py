@@ -204,32 +204,42 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3) -> tuple[Tensor,
     return _in_manifold(fake, real, k).double(), _in_manifold(real, fake, k).double()
 
 
-def identification(real: Tensor, fake: Tensor) -> Tensor:
+def identification(real: Tensor, fake: Tensor, candidates: int | None = None, seed: int = 0) -> Tensor:
     """Whether a reconstruction gives its original away: is that the nearest of all originals, by cosine?
 
-    How much identifies the original depends on how many originals there are to confuse it with: chance is 1 / N.
+    The mean is the leak rate. How much identifies the original depends on how many originals there are to confuse
+    it with: chance is 1 / candidates.
 
     Args:
-        real: Embeddings of the originals (N, D).
-        fake: Embeddings of their reconstructions, in the same order (N, D).
+        real: Embeddings of the originals (M, D).
+        fake: Embeddings of reconstructions (N, D), N <= M, row i from original i; further originals are candidates
+            only.
+        candidates: Originals to choose among, the own one and others drawn by `seed`; None takes all M.
+        seed: Of the draw.
 
     Returns:
-        (N,) float64, 0 or 1; an equally near other original counts against it.
+        (N,) float64: 1 where the own original is the nearest, 1 / k where it is one of k equally near, else 0.
 
     Raises:
-        UserError: If the shapes differ or a value is not finite.
+        UserError: If the dimensions differ, there are fewer originals than reconstructions, candidates is not in
+            2..M, or a value is not finite.
     """
     real, fake = _checked(real, fake, minimum=1)
-    if len(real) != len(fake):
-        raise UserError(f"Identification needs pairs, not {len(real)} originals and {len(fake)} reconstructions.")
-    normalise = torch.nn.functional.normalize
-    real, hits = normalise(real), []
-    for start in range(0, len(fake), _BLOCK):
-        cosines = normalise(fake[start : start + _BLOCK]) @ real.T
-        rows = torch.arange(len(cosines))
-        own = cosines[rows, rows + start].clone()
-        cosines[rows, rows + start] = -torch.inf
-        hits.append(own > cosines.amax(1))
+    count, rows = len(real), len(fake)
+    if count < rows:
+        raise UserError(f"{rows} reconstructions need at least as many originals, not {count}.")
+    if candidates is not None and not 2 <= candidates <= count:
+        raise UserError(f"candidates must lie between 2 and the number of originals, {count}; it is {candidates}.")
+    generator = torch.Generator().manual_seed(seed)
+    real, hits = torch.nn.functional.normalize(real), []
+    for start in range(0, rows, _BLOCK):
+        cosines = torch.nn.functional.normalize(fake[start : start + _BLOCK]) @ real.T
+        own = start + torch.arange(len(cosines))[:, None]
+        if candidates is not None:  # the own original always first
+            order = torch.rand(cosines.shape, generator=generator).scatter_(1, own, -1).argsort(1)
+            cosines, own = cosines.gather(1, order[:, :candidates]), torch.zeros_like(own)
+        best = cosines == cosines.amax(1, keepdim=True)
+        hits.append(best.gather(1, own)[:, 0] / best.sum(1))
     return torch.cat(hits).double()
 
 

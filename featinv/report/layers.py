@@ -15,6 +15,7 @@ from featinv.files import atomic_write, write_text
 from featinv.report.page import figure_table, file_tag, write_page
 
 METRICS = ("psnr", "ssim", "referee_cosine", "factor_accuracy", "identified")
+TITLES = {"identified": "leak rate (own original identified)"}
 Figures = dict[str, Mapping[str, Any]]
 
 
@@ -96,7 +97,7 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
                 axis.annotate(
                     point.layer, (place, figure_["value"]), fontsize=6, xytext=(3, 4), textcoords="offset points"
                 )
-        axis.set_title(metric)
+        axis.set_title(TITLES.get(metric, metric))
         axis.set_xlabel("depth (share of the modules before)")
     figure.suptitle(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
