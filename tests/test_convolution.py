@@ -1,4 +1,4 @@
-"""ConvolutionBySize: the same convolution in either way, the faster one where it is faster."""
+"""ConvolutionBySize: the same convolution in each of its ways, the fastest one where it is the fastest."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from conftest import tiny_prior
 from torch import Tensor, nn
 
-from featinv.diffusion.convolution import WIDE, ConvolutionBySize, convolve_by_size
+from featinv.diffusion.convolution import CHANNELS, LARGE, WIDE, ConvolutionBySize, convolve_by_size
+from featinv.diffusion.winograd import transformed, winograd
 
 
 def convolution(kernel: Any = 3, channels: int = WIDE, **settings: Any) -> nn.Conv2d:
     torch.manual_seed(0)
     padding = settings.pop("padding", 1 if kernel == 3 else 0)
-    layer = nn.Conv2d(channels, 24, kernel, padding=padding, **settings).to(memory_format=torch.channels_last)
+    outputs = settings.pop("outputs", 24)
+    layer = nn.Conv2d(channels, outputs, kernel, padding=padding, **settings).to(memory_format=torch.channels_last)
     convolve_by_size(layer)
     return layer
 
@@ -78,10 +80,56 @@ def test_a_compiled_network_keeps_its_convolutions(monkeypatch: pytest.MonkeyPat
         assert compiled(torch.randn(1, WIDE, 4, 4)).shape == (1, 24, 4, 4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 2), (4, 6), (12, 2)], ids=str)
+def test_winograds_way_is_the_convolution_and_has_its_gradient(shape: tuple[int, int], bias: bool) -> None:
+    layer, images = nn.Conv2d(5, 7, 3, padding=1, bias=bias), torch.randn(3, 5, *shape, requires_grad=True)
+    found = winograd(images, transformed(layer.weight.detach()), None if layer.bias is None else layer.bias.detach())
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(found.shape)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), images)
+    expected = layer(images)
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_kernels_on_large_maps_go_winograds_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, side = convolution(channels=CHANNELS, outputs=CHANNELS), int(LARGE**0.5)
+    images = torch.randn(1, CHANNELS, side, side)
+    used: list[Tensor] = []
+    monkeypatch.setattr(
+        "featinv.diffusion.convolution.winograd", lambda *given: used.append(given[1]) or winograd(*given)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(images)
+        assert not used, "a kernel that is trained"
+        layer.requires_grad_(False)
+        layer(images[..., :-2])
+        layer(F.pad(images, (0, 1)))
+        convolution(channels=CHANNELS).requires_grad_(False)(images)
+        assert not used, "a small map, an odd side, or few outputs"
+        with torch.inference_mode():
+            found = layer(images)
+        assert (found - exact(layer, images)).norm() < 1e-2 * found.norm() and len(used) == 1
+        layer(images.clone().requires_grad_()).sum().backward()
+        assert used[1] is used[0], "transformed twice"
+        layer.weight.mul_(2)
+        twice = layer(images) - layer.bias.view(-1, 1, 1)
+        assert (twice - 2 * (found - layer.bias.view(-1, 1, 1))).norm() < 1e-2 * twice.norm(), "old weights"
+        assert (
+            convolution(channels=CHANNELS, outputs=CHANNELS, stride=2).requires_grad_(False)(images).shape[-1]
+            == side // 2
+        )
+        assert len(used) == 3
+    layer(images)
+    assert len(used) == 3, "in float32"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"channels": WIDE - 1},
+        {"channels": CHANNELS - 1},
         {"padding": 0},
         {"dilation": 2, "padding": 2},
         {"groups": 2},
@@ -96,7 +144,7 @@ def test_other_convolutions_stay_what_they_are(settings: dict[str, Any]) -> None
 
 
 def test_weights_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featinv.diffusion.convolution.WIDE", 16)
+    monkeypatch.setattr("featinv.diffusion.convolution.CHANNELS", 16)
     prior = tiny_prior()
     assert any(isinstance(layer, ConvolutionBySize) for layer in prior.unet.modules())
     monkeypatch.undo()

@@ -46,6 +46,7 @@ class DiffusionPrior(nn.Module):
         self.first_stage, self.unet, self.scheduler, self.size = first_stage, unet, scheduler, size
         attend_by_size(unet)
         convolve_by_size(unet)
+        convolve_by_size(first_stage)
         latents = first_stage.latent_shape(size)
         if unet.config.in_channels != latents[0]:
             raise UserError(
