@@ -87,16 +87,16 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
 
     figure, axes = plt.subplots(1, len(metrics), figsize=(3.4 * len(metrics), 3.6), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
+        named: set[tuple[float, str]] = set()
         for name, members in curves.items():
             points = [(p, p.figures[metric]) for p in members if p.figures.get(metric, {}).get("value") is not None]
             places = [i if p.depth is None else p.depth for i, (p, _) in enumerate(points)]
             value = [f["value"] for _, f in points]
             spread = [[_distance(f, side) for _, f in points] for side in ("low", "high")]
             axis.errorbar(places, value, spread, marker="o", markersize=4, capsize=2, label=name)
-            for (point, figure_), place in zip(points, places, strict=True):
-                axis.annotate(
-                    point.layer, (place, figure_["value"]), fontsize=6, xytext=(3, 4), textcoords="offset points"
-                )
+            named |= {(place, point.layer) for (point, _), place in zip(points, places, strict=True)}
+        axis.margins(y=0.2)  # room for the names
+        _name_places(axis, sorted(named))
         axis.set_title(TITLES.get(metric, metric))
         axis.set_xlabel("depth (share of the modules before)")
     figure.suptitle(title)
@@ -106,6 +106,16 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
+
+
+def _name_places(axis: Any, named: Sequence[tuple[float, str]], apart: float = 0.03) -> None:
+    """Layers' names along the lower edge, those that would lie over another one left out."""
+    last = -apart
+    for place, layer in named:
+        if place - last >= apart:
+            last = place
+            across = axis.get_xaxis_transform()
+            axis.text(place, 0.02, layer, transform=across, rotation=90, ha="center", fontsize=6, color="grey")
 
 
 def write_layers(folder: str | Path, points: Sequence[Point], metrics: Sequence[str] | None, title: str) -> None:
