@@ -1,6 +1,7 @@
 """Compare inverters on the same images: metrics.json, table.md, table.csv, per_image.csv, report.html.
 
 python -m eval.benchmark                                         the branch of `make demo`, optimisation, retrieval
+python -m eval.benchmark experiment=scenes64_early               train.py's run of it, optimisation, retrieval
 python -m eval.benchmark inverters=[runs/a,runs/b] n=1000 out=runs/compare
 python -m eval.benchmark inverters=[runs/convnext_base] n=10000 factor_images=0
 python -m eval.benchmark inverters=[runs/photos64] data=val-000.tar class_labels=true n=500      photographs of any size
@@ -16,6 +17,8 @@ interrupted, the same command makes the rest.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,10 +208,24 @@ def build_benchmark(config: DictConfig, setting: Setting, out: Path, device: tor
     )
 
 
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the run in `train.py`'s folder and baselines in place of `experiment=NAME`.
+
+    They go first, so that `inverters=` and `out=` have the last word.
+    """
+    chosen = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    if not chosen:
+        return list(words)
+    name = Path(chosen[-1]).stem
+    rows = f"inverters=[runs/{name},optimisation,retrieval]"
+    rest = [word for word in words if not word.startswith("experiment=")]
+    return [rows, f"out=runs/{name}_benchmark", *rest]
+
+
 @exit_on_user_error
 def main() -> None:
     """Read the command line, evaluate, print the table."""
-    command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "benchmark.yaml"))
+    command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "benchmark.yaml"), argv=spelled_out(sys.argv[1:]))
     config, out = command.config, command.out or Path("runs/benchmark")
     device = own_device()
     with process_group():

@@ -32,7 +32,8 @@ def parse_command_line(
 
     Args:
         description: The script's docstring.
-        default: The configuration if no `experiment=` is given: a name in configs/experiment or a file.
+        default: The configuration if no `experiment=` is given: a name in configs/experiment; or a script's own file,
+            beside which there is no choice of an experiment.
         flags: Name -> meaning of `--name` switches.
         argv: Instead of sys.argv[1:].
 
@@ -46,20 +47,24 @@ def parse_command_line(
     words = [word for word in words if not word.startswith("-")]
     for flag in given - set(flags):
         raise UserError(f"unknown flag --{flag}; there are {', '.join('--' + name for name in flags)}.")
-    chosen = [word.partition("=")[2] for word in words if word.startswith("experiment=")]
-    words = [word for word in words if not word.startswith("experiment=")]
+    own = default.endswith(".yaml")  # a script's own file
+    chosen = [] if own else [word.partition("=")[2] for word in words if word.startswith("experiment=")]
+    words = [word for word in words if own or not word.startswith("experiment=")]
     folders = [word.partition("=")[2] for word in words if word.startswith("out=")]
     words = [word for word in words if not word.startswith("out=")]
     name = chosen[-1] if chosen else default
     config = load_config(name, words)
     if "help" in given:
-        print(_help(description, name, config, flags))
+        print(
+            _help(description, name, config, flags, ("setting" if "setting" in config else "") if own else "experiment")
+        )
         raise SystemExit(0)
     _quieten()
     return CommandLine(config, Path(name).stem, Path(folders[-1]) if folders else None, frozenset(given))
 
 
-def _help(description: str, name: str, config: DictConfig, flags: dict[str, str]) -> str:
+def _help(description: str, name: str, config: DictConfig, flags: dict[str, str], chooser: str | None) -> str:
+    """`chooser`: the word that takes an experiment, if one does."""
     experiments = sorted(path.stem for path in (CONFIG_ROOT / "experiment").glob("*.yaml"))
     groups = sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and is_node(config.get(path.name)))
     swaps = [
@@ -70,7 +75,7 @@ def _help(description: str, name: str, config: DictConfig, flags: dict[str, str]
         description.strip(),
         "\nflags:\n" + "\n".join(switches),
         "\nout=FOLDER chooses where the run goes.",
-        f"\nexperiments (experiment=NAME or a YAML file): {', '.join(experiments)}",
+        *([f"\nexperiments ({chooser}=NAME or a YAML file): {', '.join(experiments)}"] if chooser else []),
         *(["\nwhole groups that can be swapped:\n" + "\n".join(swaps)] if swaps else []),
         f"\nkeys and values in {name} (key.subkey=value; beneath `params` every argument of the target is a key):\n",
         OmegaConf.to_yaml(config),

@@ -12,7 +12,10 @@ import torch
 import yaml
 from conftest import tiny_prior
 
+from eval.benchmark import spelled_out
 from featinv.checkpoint import load_checkpoint
+from featinv.cli import parse_command_line
+from featinv.config import CONFIG_ROOT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -169,6 +172,17 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
     assert set(found) == {"clean", "fog-2", "fgsm-4of255", "pgd-4of255", "noise"}
 
 
+def test_the_benchmark_of_an_experiment_is_that_of_its_run_and_baselines() -> None:
+    words = ["n=8", "experiment=configs/experiment/demo.yaml", "out=a", "inverters=[b]"]
+    default = str(CONFIG_ROOT / "benchmark.yaml")
+    short = parse_command_line("", default, argv=spelled_out(words[:2]))
+    assert short.config.inverters == ["runs/demo", "optimisation", "retrieval"] and short.config.n == 8
+    assert short.out == Path("runs/demo_benchmark")
+    given = parse_command_line("", default, argv=spelled_out(words))
+    assert given.config.inverters == ["b"] and given.out == Path("a")
+    assert spelled_out(["n=8"]) == ["n=8"]
+
+
 def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_path) -> None:
     import time
 
@@ -273,6 +287,8 @@ def test_every_classic_method_runs_on_a_picture(tmp_path) -> None:
         (["sample.py", "samples"], "key=value"),
         (["sample.py", "params.refined={steps: 3}"], "is not +refined"),
         (["-m", "eval.benchmark", "inverters=[optimisation]"], "at least one trained"),
+        (["-m", "eval.benchmark", "experiment=vit_b16"], "runs/vit_b16"),
+        (["-m", "eval.robustness", "experiment=demo"], "unknown key 'experiment'"),
         (["tools/list_layers.py", "resnet5000"], "timm has no model"),
         (["-m", "tools.visualize", "gradcam", "--image", "x.png"], "grad_cam"),
         (["-m", "tools.visualize", "grad_cam", "--image", "x.png"], "no picture or folder"),
