@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import tiny_first_stage
 from forks import in_two_processes
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from featinv import metrics as M
 from featinv.backbones import load_backbone
 from featinv.errors import UserError
-from featinv.image import load_png, to_uint8
+from featinv.image import load_png, save_png, to_uint8
+from featinv.inverters.build import build_inverter
 from featinv.inverters.reconstruct import Reconstructions, is_whole, reconstruct
 from featinv.inverters.retrieval import RetrievalInverter
 from featinv.metrics.benchmark import Benchmark, Contestant
@@ -194,6 +196,20 @@ def test_retrieval_is_the_search_by_hand_and_finds_itself(backbone) -> None:
     assert few.index.shape[0] == 3 and few.invert(features, seeds=range(6)).shape == (6, 3, 16, 16)
     with pytest.raises(UserError, match="at least one"):
         RetrievalInverter(backbone, [])
+
+
+def test_retrieval_searches_the_pictures_without_the_crops_and_flips_of_training(tmp_path, backbone) -> None:
+    for i, image in enumerate(images(3)):
+        save_png(tmp_path / f"{i}.png", image)
+    settings = {"root": str(tmp_path), "size": 32, "augment": {"scale": [0.5, 0.6]}}
+    folder = {"target": "featinv.data.folders.FlatFolder", "params": settings}
+    data = {"target": "featinv.data.datamodule.ImageDataModule", "params": {"train": folder}}
+    inverter = {"target": "featinv.inverters.retrieval.RetrievalInverter", "params": {"size": 32}}
+    config = OmegaConf.create({"data": data, "inverter": inverter})
+    found = build_inverter(config, backbone.spec, backbone)
+    for i, image in enumerate(images(3)):
+        torch.testing.assert_close(found.dataset[i]["image"], image, atol=1 / 254, rtol=0)
+    assert config.data.params.train.params.augment.scale == [0.5, 0.6]
 
 
 def test_originals_are_seen_once_whatever_the_number_of_rows(tmp_path, backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -101,9 +102,13 @@ def _borrow_branch(inverter: Inverter, lender: str) -> None:
 
 
 def _training_images(config: DictConfig) -> Any:
+    """The training images of config.data as they are, without the crops and flips of a training."""
     if config.get("data") is None:
         raise UserError("this inverter needs training images; set data=NAME.")
-    data = instantiate(config.data, where="data")
+    node = copy.deepcopy(config.data)
+    if OmegaConf.select(node, "params.train.params.augment"):
+        node.params.train.params.augment = False
+    data = instantiate(node, where="data")
     data.setup()
     return data.train
 
