@@ -18,10 +18,13 @@ from featinv.image import to_uint8
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}td small{color:#777}thead th{border-bottom:2px solid #888}
+table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}
+th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff;min-width:8em}
+td small{color:#777;display:block;white-space:nowrap}thead th{border-bottom:2px solid #888}
 .strip td{border:0;padding:1px;text-align:center}.strip th{border:0;font-weight:normal;text-align:left}
-img{image-rendering:pixelated}.note{color:#555}pre{background:#f5f5f5;padding:.7em;overflow:auto}
+img{image-rendering:pixelated}.figure{max-width:100%;image-rendering:auto}
+.note{color:#555}pre{background:#f5f5f5;padding:.7em;overflow:auto}
 """
 LOWER_IS_BETTER = ("l2", "lpips", "fd_", "kid", "fid")
 
@@ -35,8 +38,8 @@ def picture_tag(image: Tensor, scale: int = 1, title: str = "") -> str:
 
 
 def file_tag(path: Path, title: str = "") -> str:
-    """An <img> of a PNG file, at its own size."""
-    return _tag(path.read_bytes(), "", title)
+    """An <img> of a PNG file, at its own size, or the page's width if that is less."""
+    return _tag(path.read_bytes(), 'class="figure"', title)
 
 
 def _tag(data: bytes, size: str, title: str) -> str:
