@@ -55,9 +55,8 @@ def parse_command_line(
     name = chosen[-1] if chosen else default
     config = load_config(name, words)
     if "help" in given:
-        print(
-            _help(description, name, config, flags, ("setting" if "setting" in config else "") if own else "experiment")
-        )
+        chooser = "experiment" if not own else "setting" if "setting" in config else None
+        print(_help(description, name, config, flags, chooser))
         raise SystemExit(0)
     _quieten()
     return CommandLine(config, Path(name).stem, Path(folders[-1]) if folders else None, frozenset(given))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _FORWARD = (0, 1, 2, 3)
 _BACKWARD = (3, 1, 2, 0)
@@ -47,6 +48,7 @@ class _Winograd(torch.autograd.Function):
         return _convolve(images, matrices, bias, _FORWARD)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (matrices,) = ctx.saved_tensors
         # The gradient's kernel is the kernel turned around, from outputs to inputs.

@@ -239,8 +239,8 @@ def identification(real: Tensor, fake: Tensor, candidates: int | None = None, se
             order = torch.rand(cosines.shape, generator=generator).scatter_(1, own, -1).argsort(1)
             cosines, own = cosines.gather(1, order[:, :candidates]), torch.zeros_like(own)
         best = cosines == cosines.amax(1, keepdim=True)
-        hits.append(best.gather(1, own)[:, 0] / best.sum(1))
-    return torch.cat(hits).double()
+        hits.append(best.gather(1, own)[:, 0].double() / best.sum(1))
+    return torch.cat(hits)
 
 
 def distribution_meta(
