@@ -195,7 +195,7 @@ def main() -> None:
         "--repeats",
         type=int,
         default=8,
-        help="the fastest counts; a process's first half dozen training steps are slower",
+        help="the fastest counts; a process's first training steps are slower",
     )
     parser.add_argument("--reference-steps", type=int, default=3, help="of the reference's 50 that are timed")
     parser.add_argument("--only", choices=["training", "sampling"], help="leave the other out")
