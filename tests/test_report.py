@@ -24,7 +24,7 @@ def test_figures_are_shown_with_intervals_and_gaps() -> None:
     assert figure_text(None) == figure_text(_figure(None)) == "–"
     assert figure_text(_figure(0.5)) == "0.500" and "[0.400, 0.600]" in figure_text(_figure(0.5, 0.4, 0.6))
     table = figure_table({"a": {"psnr": _figure(20.0)}}, ["psnr", "kid_mobilenetv2"])
-    assert "kid_mobilenetv2 ↓" in table and "psnr ↓" not in table
+    assert "kid_mobilenetv2&nbsp;↓" in table and "psnr&nbsp;↓" not in table
 
 
 def test_tables_hold_every_row(tmp_path) -> None:

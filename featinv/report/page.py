@@ -79,7 +79,7 @@ def figure_table(
     cell: Callable[[Mapping[str, Any] | None], str] = figure_text,
 ) -> str:
     """A table of figures: one line for each row, one column for each metric; ↓ marks metrics where less is better."""
-    arrows = {m: " ↓" if m.startswith(LOWER_IS_BETTER) else "" for m in metrics}
+    arrows = {m: "&nbsp;↓" if m.startswith(LOWER_IS_BETTER) else "" for m in metrics}
     head = "".join(f"<th>{html.escape(m)}{arrows[m]}</th>" for m in metrics)
     lines = []
     for name, figures in rows.items():
