@@ -97,6 +97,13 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def extrapolated(few: Cost, more: Cost, factor: float) -> Cost:
+    """What `few` costs with `factor` times the work that `more` has beyond it."""
+    # Where both take milliseconds, a busy machine can turn them round; work never takes less than none.
+    seconds = max(more.seconds - few.seconds, 0.0)
+    return Cost(few.seconds + factor * seconds, few.flops + factor * (more.flops - few.flops), more.bytes)
+
+
 def measure_reference(
     size: str, batch: int, repeats: int, steps: int, device: torch.device, work: str, recompute: bool = False
 ) -> Cost:
@@ -110,10 +117,7 @@ def measure_reference(
     nets.inverter.requires_grad_(False)  # as a loaded one is
     few = measure(lambda: reference_sampling(nets, text, 1), repeats, device)
     more = measure(lambda: reference_sampling(nets, text, 1 + steps), repeats, device)
-    factor = 49 / steps
-    return Cost(
-        few.seconds + factor * (more.seconds - few.seconds), few.flops + factor * (more.flops - few.flops), more.bytes
-    )
+    return extrapolated(few, more, 49 / steps)
 
 
 def measure_ours(

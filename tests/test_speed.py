@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from eval.speed import _alone, compare, measure_ours, measure_reference
+from eval.speed import Cost, _alone, compare, extrapolated, measure_ours, measure_reference
 from eval.speed_ways import OURS
 from featinv.errors import UserError
 
@@ -17,6 +17,12 @@ def test_every_way_is_measured_and_the_light_one_computes_least(monkeypatch) -> 
     # Operations of one image, whatever the clock says: 100 evaluations, then 6, then 2 without a branch in them.
     each = {name: x.share / x.images_per_second for name, x in found.items()}
     assert each["reference sampling"] > 10 * each["default sampling"] > 20 * each["light sampling"]
+
+
+def test_the_rest_of_the_steps_follows_from_those_that_were_timed() -> None:
+    few, more = Cost(2.0, 10.0, 5), Cost(3.0, 14.0, 6)
+    assert extrapolated(few, more, 49 / 4) == Cost(2.0 + 49 / 4, 10.0 + 49.0, 6)
+    assert extrapolated(few, Cost(1.5, 14.0, 6), 49 / 4).seconds == 2.0  # an interruption while `few` was timed
 
 
 def test_a_training_step_is_measured_without_the_first_stage() -> None:
