@@ -10,8 +10,19 @@ import torch.nn.functional as F
 from conftest import tiny_prior
 from torch import Tensor, nn
 
-from featinv.diffusion.convolution import CHANNELS, LARGE, WIDE, ConvolutionBySize, convolve_by_size
+from featinv.diffusion import winograd_float as large_blocks
+from featinv.diffusion.convolution import (
+    CHANNELS,
+    FEWEST,
+    LARGE,
+    LARGEST,
+    WIDE,
+    ConvolutionBySize,
+    convolve_by_size,
+    convolve_plainly,
+)
 from featinv.diffusion.winograd import transformed, winograd
+from featinv.diffusion.winograd_float import winograd_float
 
 
 def convolution(kernel: Any = 3, channels: int = WIDE, **settings: Any) -> nn.Conv2d:
@@ -60,10 +71,12 @@ def test_the_gradient_of_a_weight_lies_in_memory_as_the_weight_does() -> None:
     assert layer.weight.grad.stride() == layer.weight.stride()
 
 
-def test_only_small_wide_maps_in_bfloat16_are_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_wide_maps_are_products_in_bfloat16_and_for_trained_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ConvolutionBySize, "_product", lambda *_: "product")
     layer, images = convolution(), torch.randn(1, WIDE, 8, 8)
-    assert isinstance(layer(images), Tensor)
+    assert layer(images) == "product"
+    assert isinstance(layer.requires_grad_(False)(images), Tensor)
+    assert isinstance(convolution().double()(images.double()), Tensor)
     with torch.autocast("cpu", torch.float16):
         assert isinstance(layer(images), Tensor)
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,10 +137,70 @@ def test_frozen_kernels_on_large_maps_go_winograds_way(monkeypatch: pytest.Monke
     assert len(used) == 3, "in float32"
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 100])
+@pytest.mark.parametrize("shape", [(4, 4), (8, 12), (16, 4)], ids=str)
+def test_large_blocks_are_the_convolution_and_have_its_gradients(
+    shape: tuple[int, int], blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large_blocks, "BLOCKS", blocks)
+    monkeypatch.setattr(large_blocks, "_KERNELS", 3)
+    layer = nn.Conv2d(5, 7, 3, padding=1).double().to(memory_format=torch.channels_last)
+    images = torch.randn(3, 5, *shape, dtype=torch.float64, requires_grad=True)
+    given = [images, layer.weight, layer.bias]
+    found = winograd_float(*given)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    weight = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weight).sum(), given)
+    assert gradients[1].stride() == layer.weight.stride(), "of another memory order than the weight"
+    expected = layer(images)
+    torch.testing.assert_close([found, *gradients], [expected, *torch.autograd.grad((expected * weight).sum(), given)])
+    assert winograd_float(images, layer.weight, None).allclose(found - layer.bias.view(-1, 1, 1))
+    with torch.no_grad():
+        frozen = winograd_float(images, layer.weight.detach(), layer.bias.detach())
+    assert frozen.equal(found)
+
+
+def test_large_blocks_round_in_float32_a_few_times_as_much_as_the_convolution() -> None:
+    layer, images = convolution(channels=CHANNELS, outputs=CHANNELS), torch.randn(2, CHANNELS, 16, 16)
+    expected = exact(layer, images)
+    found = winograd_float(images, layer.weight, layer.bias)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_large_maps_in_float32_are_computed_in_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Tensor] = []
+    monkeypatch.setattr(
+        "featinv.diffusion.convolution.winograd_float", lambda *given: used.append(given[1]) or winograd_float(*given)
+    )
+    layer, side = convolution(channels=CHANNELS, outputs=CHANNELS), int(LARGE**0.5)
+    images = torch.randn(1, CHANNELS, side, side)
+    assert (layer(images) - exact(layer, images)).norm() < 1e-5 * images.norm() and len(used) == 1
+    layer.requires_grad_(False)(images)
+    assert len(used) == 2
+    narrow = convolution(channels=FEWEST, outputs=FEWEST)
+    narrow(torch.randn(1, FEWEST, side, side))
+    narrow(torch.randn(1, FEWEST, side, LARGEST // side + 2))
+    convolution(channels=FEWEST)(torch.randn(1, FEWEST, side, LARGEST // side))
+    layer(images[:, :, 4:])
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(images)
+    layer.double()(images.double())
+    assert len(used) == 2, "a small map, an odd side, few outputs, or other numbers"
+    narrow(torch.randn(1, FEWEST, side, LARGEST // side))
+    assert len(used) == 3
+
+
+def test_convolutions_can_be_plain_again() -> None:
+    layer = convolution()
+    weight = layer.weight
+    convolve_plainly(layer)
+    assert type(layer) is nn.Conv2d and layer.weight is weight
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"channels": CHANNELS - 1},
+        {"channels": FEWEST - 1},
         {"padding": 0},
         {"dilation": 2, "padding": 2},
         {"groups": 2},
@@ -142,7 +215,7 @@ def test_other_convolutions_stay_what_they_are(settings: dict[str, Any]) -> None
 
 
 def test_weights_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featinv.diffusion.convolution.CHANNELS", 16)
+    monkeypatch.setattr("featinv.diffusion.convolution.FEWEST", 16)
     prior = tiny_prior()
     assert any(isinstance(layer, ConvolutionBySize) for layer in prior.unet.modules())
     monkeypatch.undo()

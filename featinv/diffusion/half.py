@@ -38,6 +38,11 @@ def multiplies_half_on_cpu(values: Tensor) -> bool:
     return autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
+def multiplies_float_on_cpu(values: Tensor) -> bool:
+    """Whether these values are multiplied in float32 on a CPU."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
 def half_arithmetic(device: torch.device, half: bool) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 products if `half`, else whatever the caller has chosen."""
     return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
