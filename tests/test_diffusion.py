@@ -238,6 +238,23 @@ def test_a_shortcut_fitted_to_other_latents_keeps_the_channels_that_suit_and_los
     assert torch.corrcoef(columns)[2, [0, 1, 3]].abs().max() < 1e-3
 
 
+def test_large_pictures_are_decoded_one_after_the_other_on_a_cpu_in_float32(monkeypatch) -> None:
+    stage, latents = tiny_first_stage(), torch.randn(3, *tiny_first_stage().latent_shape(16), requires_grad=True)
+    whole = stage.decode(latents)
+    (gradient,) = torch.autograd.grad(whole.square().sum(), latents)
+    monkeypatch.setattr("featinv.diffusion.first_stage.LARGE_PIXELS", 16 * 16)
+    rows: list[int] = []
+    synthesise = stage.synthesise
+    monkeypatch.setattr(stage, "synthesise", lambda x: rows.append(len(x)) or synthesise(x))
+    found = stage.decode(latents)
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), latents)[0], gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        stage.decode(latents)
+    assert rows == [1, 1, 1, 3]
+    assert stage.decode(latents[:0]).shape == (0, 3, 16, 16)
+
+
 def test_latents_are_normalised() -> None:
     stage, images = tiny_first_stage(), torch.rand(16, 3, 32, 32)
     normalise_latents(stage, images)

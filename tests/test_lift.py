@@ -235,3 +235,11 @@ def test_a_share_of_rows_is_drawn_from_lifted_maps_and_compared_with_them_alone(
         LiftedMaps(tmp_path / "lender")
     with pytest.raises(UserError, match="between 0 and 1"):
         LiftedMaps(tmp_path / "run", share=1.0)
+
+
+def test_maps_for_training_can_be_drawn_in_fewer_steps(tmp_path, lifted, backbone) -> None:
+    lift = save_tiny(tmp_path / "run" / "inverter.safetensors", lifted, backbone).lift.eval()
+    features, seeds = backbone.at("layer3")(torch.rand(4, 3, 32, 32)), [5, 6, 7, 8]
+    drawn = LiftedMaps(tmp_path / "run", num_inference_steps=2)(features, seeds)
+    lift.num_inference_steps = 2
+    assert (drawn - lift(lift.last_map(features[:2]), [5, 6])).abs().max() < 1e-3

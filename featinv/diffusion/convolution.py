@@ -111,7 +111,7 @@ def convolve_plainly(network: nn.Module) -> None:
     """Undo `convolve_by_size`, to measure what it gains."""
     for layer in network.modules():
         if type(layer) is ConvolutionBySize:
-            layer.__class__ = nn.Conv2d
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

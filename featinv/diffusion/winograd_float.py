@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCKS = 256
+BLOCKS = 512
 """Blocks that are computed at a time: their transforms stay in the processor's caches, their products are still large
 matrices."""
 _KERNELS = 64  # output channels whose kernels are transformed at a time
@@ -80,11 +80,10 @@ class _Winograd(torch.autograd.Function):
 def _convolve(images: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     """With `matrices` (36, I, O)."""
     count, _, height, width = images.shape
-    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    found = padded.new_empty(count, height // 4, 4, width // 4, 4, matrices.shape[2])
+    found = images.new_empty(count, height // 4, 4, width // 4, 4, matrices.shape[2])
     for rows, lines in _pieces(count, height // 4, width // 4):
         part = found[rows, lines]
-        blocks = _input_blocks(padded[rows, 4 * lines.start : 4 * lines.stop + 2])
+        blocks = _input_blocks(_padded(images, rows, lines))
         products = torch.bmm(blocks.flatten(0, 1).flatten(1, 3), matrices)
         products = products.view(6, 6, *blocks.shape[2:5], -1)
         half = products.new_empty(4, *products.shape[1:])
@@ -98,11 +97,10 @@ def _convolve(images: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
 def _kernel_gradient(images: Tensor, gradient: Tensor, kernel: Tensor) -> Tensor:
     """Of kernels (O, I, 3, 3), in their memory order, from images (N, I, H, W) and the result's gradient."""
     count, _, height, width = images.shape
-    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     given = gradient.permute(0, 2, 3, 1).unflatten(2, (-1, 4)).unflatten(1, (-1, 4))  # (N, h, 4, w, 4, O)
     total = kernel.new_zeros(36, *kernel.shape[:2])
     for rows, lines in _pieces(count, height // 4, width // 4):
-        blocks = _input_blocks(padded[rows, 4 * lines.start : 4 * lines.stop + 2])
+        blocks = _input_blocks(_padded(images, rows, lines))
         part = given[rows, lines].permute(2, 4, 0, 1, 3, 5)
         half = part.new_empty(6, *part.shape[1:])
         _spread(_OUTPUT, part, half)
@@ -133,6 +131,14 @@ def _transformed(kernel: Tensor, turned: bool = False) -> Tensor:
 
 def _reversed(parts: Tensor) -> list[Tensor]:
     return list(parts.unbind(0))[::-1]
+
+
+def _padded(images: Tensor, rows: slice, lines: slice) -> Tensor:
+    """What lies under some lines of blocks, zeros beyond the border: (N, I, H, W) -> (n, 4 lines + 2, W + 2, I)."""
+    height = images.shape[2]
+    first, last = 4 * lines.start - 1, 4 * lines.stop + 1
+    known = images[rows, :, max(first, 0) : min(last, height)].permute(0, 2, 3, 1)
+    return F.pad(known, (0, 0, 1, 1, int(first < 0), int(last > height)))
 
 
 def _input_blocks(padded: Tensor) -> Tensor:

@@ -48,12 +48,13 @@ class LiftedMaps:
     Args:
         inverter: A bundled name, a run's folder or a checkpoint of a diffusion inverter with a lift.
         share: Of the rows of each batch, the first ones; below 1.
+        num_inference_steps: Steps of the lift, which take most of a training step's time; None takes its own.
 
     Raises:
         UserError: If the inverter has no lift, the share is none, or, when called, the lift draws another layer's maps.
     """
 
-    def __init__(self, inverter: str | Path, share: float = 0.5):
+    def __init__(self, inverter: str | Path, share: float = 0.5, num_inference_steps: int | None = None):
         trained = load_trained(inverter).inverter
         lift = getattr(trained, "lift", None)
         if lift is None:
@@ -61,6 +62,8 @@ class LiftedMaps:
         if not 0 < share < 1:
             raise UserError(f"the share of rows with lifted maps must lie between 0 and 1, not {share}.")
         self.lift, self.share = lift.eval(), share
+        if num_inference_steps is not None:
+            self.lift.num_inference_steps = num_inference_steps
 
     def __call__(self, features: Tensor, seeds: Sequence[int]) -> Tensor:
         """Earlier maps of pictures (N, C, H, W), N seeds -> the first share of them, lifted from their last maps."""
