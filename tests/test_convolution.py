@@ -17,6 +17,7 @@ from featinv.diffusion.convolution import (
     LARGE,
     LARGEST,
     WIDE,
+    WIDER,
     ConvolutionBySize,
     convolve_by_size,
     convolve_plainly,
@@ -73,10 +74,12 @@ def test_the_gradient_of_a_weight_lies_in_memory_as_the_weight_does() -> None:
 
 def test_small_wide_maps_are_products_in_bfloat16_and_for_trained_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ConvolutionBySize, "_product", lambda *_: "product")
-    layer, images = convolution(), torch.randn(1, WIDE, 8, 8)
+    layer, images = convolution(channels=WIDER), torch.randn(1, WIDER, 8, 8)
     assert layer(images) == "product"
     assert isinstance(layer.requires_grad_(False)(images), Tensor)
-    assert isinstance(convolution().double()(images.double()), Tensor)
+    assert isinstance(convolution(channels=WIDER).double()(images.double()), Tensor)
+    layer, images = convolution(), torch.randn(1, WIDE, 8, 8)
+    assert isinstance(layer(images), Tensor)
     with torch.autocast("cpu", torch.float16):
         assert isinstance(layer(images), Tensor)
     with torch.autocast("cpu", torch.bfloat16):

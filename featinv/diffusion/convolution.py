@@ -18,8 +18,8 @@ LARGE, CHANNELS = 256, 320
 """From so many positions, and so many input and output channels, on, Winograd's way beats the convolution: below, its
 weights take longer to read than its products to compute, or its additions longer than what they save."""
 
-LARGEST, FEWEST = 1024, 128
-"""In float32, whose multiplications are dearer, from so many positions on, so many channels are enough."""
+LARGEST, FEWEST, WIDER = 1024, 128, 640
+"""In float32, from so many positions on, so many channels are enough; and products need more input channels."""
 
 
 class ConvolutionBySize(nn.Conv2d):
@@ -47,12 +47,12 @@ class ConvolutionBySize(nn.Conv2d):
             if self._in_blocks(input):
                 bias = None if self.bias is None else self.bias.bfloat16()
                 return winograd(input.bfloat16(), self._matrices(), bias)
-            if self._is_small(input):
+            if self._is_small(input, WIDE):
                 return self._product(input)
         elif multiplies_float_on_cpu(input):
             if self._in_large_blocks(input):
                 return winograd_float(input, self.weight, self.bias)
-            if self.weight.requires_grad and self._is_small(input):
+            if self.weight.requires_grad and self._is_small(input, WIDER):
                 return self._product(input)
         return super().forward(input)
 
@@ -79,9 +79,9 @@ class ConvolutionBySize(nn.Conv2d):
                 self._transformed = (state, transformed(self.weight.bfloat16()))
         return self._transformed[1]
 
-    def _is_small(self, images: Tensor) -> bool:
+    def _is_small(self, images: Tensor, wide: int) -> bool:
         height, width = self._size(images)
-        fits = height * width <= SMALL and self.in_channels >= WIDE
+        fits = height * width <= SMALL and self.in_channels >= wide
         return fits and self.weight.is_contiguous(memory_format=torch.channels_last)
 
     def _size(self, images: Tensor) -> tuple[int, int]:
