@@ -45,6 +45,7 @@ from eval.speed_ways import (
     text_encoder,
 )
 from featinv.diffusion.architectures import ARCHITECTURES
+from featinv.diffusion.convolution import convolve_plainly
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.processes import keep_freed_memory, settled_objects
@@ -109,6 +110,7 @@ def measure_reference(
 ) -> Cost:
     """Training or sampling of the reference; of its 50 sampling steps 1 and 1 + `steps` are run, the rest follows."""
     nets, text = networks("reference", size, batch, device), text_encoder(ARCHITECTURES[size].text_width, device)
+    convolve_plainly(nets.inverter)
     if recompute:
         for part in (nets.inverter.unet.unet, nets.inverter.unet.branch):
             part.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -14,7 +14,6 @@ from torch import Tensor
 from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate, load_config
 from featinv.diffusion.architectures import random_prior
-from featinv.diffusion.convolution import convolve_plainly
 from featinv.diffusion.samplers import sample
 from featinv.inverters.build import build_inverter
 from featinv.inverters.diffusion import DiffusionInverter
@@ -69,7 +68,6 @@ def text_encoder(width: int, device: torch.device) -> Callable[[int], Tensor]:
 def reference_training(nets: Networks, text: Callable[[int], Tensor]) -> Callable[[], Any]:
     """A step of the published code: nothing cached, fp32, no average."""
     inverter = nets.inverter
-    convolve_plainly(inverter)
     inverter._unet[0].to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(inverter.trainable_parameters(), lr=1e-5)
 
@@ -108,7 +106,6 @@ def default_training(nets: Networks) -> Callable[[], Any]:
 def reference_sampling(nets: Networks, text: Callable[[int], Tensor], steps: int) -> None:
     """Draw one image with `steps` steps of guided DDIM, the published code's way."""
     inverter = nets.inverter
-    convolve_plainly(inverter)
     features = nets.backbone(nets.images[:1])
     inverter.prior.text["prompt"].copy_(text(1))
     inverter.prior.text["null"].copy_(text(1))

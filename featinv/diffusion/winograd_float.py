@@ -189,7 +189,7 @@ def _gather(matrix: Matrix, parts: Tensor, out: Tensor) -> None:
 
 
 def _add_up(coefficients: Sequence[float], parts: Sequence[Tensor] | Tensor, out: Tensor) -> None:
-    """out = sum of coefficients[j] parts[j], in as few passes as there are terms but one."""
+    """out = sum of coefficients[j] parts[j]; a coefficient of 1 saves a pass."""
     terms = [(c, parts[j]) for j, c in enumerate(coefficients) if c]
     terms.sort(key=lambda term: term[0] != 1)
     (first, part), *rest = terms
