@@ -90,6 +90,14 @@ def save_tiny(path: Path, config: DictConfig, backbone: Backbone, **more: Any) -
     return inverter.eval()
 
 
+def wake(inverter: DiffusionInverter) -> DiffusionInverter:
+    """Give the zero convolutions values, as training would."""
+    for block in [*inverter.branch.controlnet_down_blocks, inverter.branch.controlnet_mid_block]:
+        torch.nn.init.normal_(block.weight, std=0.3)
+    torch.nn.init.normal_(inverter.null_embedding)
+    return inverter
+
+
 @pytest.fixture
 def prior() -> DiffusionPrior:
     return tiny_prior()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_first_stage, tiny_prior
+from conftest import tiny_first_stage, tiny_prior, wake
 from diffusers import DDPMScheduler
 
 from featinv.conditioning.dropout import ConditionDropout
@@ -15,27 +15,19 @@ from featinv.diffusion.samplers import SAMPLERS, sample
 from featinv.errors import UserError
 
 
-def _wake(inverter):
-    """Give the zero convolutions values, as training would."""
-    for block in [*inverter.branch.controlnet_down_blocks, inverter.branch.controlnet_mid_block]:
-        torch.nn.init.normal_(block.weight, std=0.3)
-    torch.nn.init.normal_(inverter.null_embedding)
-    return inverter
-
-
 def test_untrained_branch_equals_the_prior_bit_for_bit(inverter) -> None:
     noisy, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
     conditions = inverter.conditions(torch.randn(3, 512, 2, 2))
     prior = inverter.prior
     alone = unconditional(prior.unet, prior.text["prompt"], noisy, timesteps)
     assert torch.equal(inverter.unet(noisy, timesteps, conditions), alone)
-    _wake(inverter)
+    wake(inverter)
     assert not torch.allclose(inverter.unet(noisy, timesteps, conditions), alone, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_an_image_depends_on_its_own_seed_alone(inverter, sampler: str) -> None:
-    _wake(inverter)
+    wake(inverter)
     inverter.sampler = sampler
     features = torch.randn(8, 512, 2, 2)
     together = inverter.invert(features, seeds=range(8))
@@ -92,7 +84,7 @@ def test_loss_draws_depend_on_the_row_alone() -> None:
 
 @pytest.mark.parametrize("drop", [["features"], ["text"], ["branch"], ["features", "text"]])
 def test_guidance_is_the_textbook_combination(inverter, drop: list[str]) -> None:
-    _wake(inverter)
+    wake(inverter)
     noisy, timestep = torch.randn(2, 4, 4, 4), torch.tensor(400)
     conditions = inverter.conditions(torch.randn(2, 512, 2, 2))
     on = NoGuidance().denoise(inverter.unet, noisy, timestep, conditions)

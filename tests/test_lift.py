@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_tiny, tiny_config, tiny_prior
+from conftest import save_tiny, tiny_config, tiny_prior, wake
 from omegaconf import OmegaConf
 
+from featinv.applications.matching import CorrectedInverter
 from featinv.backbones.base import FeatureSpec
 from featinv.checkpoint import load_checkpoint
 from featinv.data.scenes import ScenesDataset
@@ -125,6 +126,20 @@ def test_a_row_depends_on_its_own_features_and_seed_alone(lift) -> None:
     assert not torch.allclose(together[1:2], lift(features[1:2], [9]), atol=1e-2)
 
 
+def test_nearer_maps_have_last_maps_nearer_to_the_features(lift) -> None:
+    maps, others = (lift.backbone(torch.rand(3, 3, 32, 32) ** power) for power in (1, 3))
+    wanted = lift.last_map(maps)
+    near = lift.nearer(others, wanted)
+
+    def cosine(x):
+        return F.cosine_similarity(lift.last_map(x).flatten(1), wanted.flatten(1))
+
+    assert (cosine(near) > cosine(others)).all()
+    # Four steps of one length each: no farther than their sum, in deviations of the channels.
+    length = ((near - others) / lift.std).flatten(1).square().mean(1).sqrt()
+    assert (length <= 4 * lift.guidance_strength + 1e-5).all() and (length > 0).all()
+
+
 def test_layers_that_cannot_be_lifted_are_refused(backbone) -> None:
     with pytest.raises(UserError, match="starts at the last map"):
         FeatureLift(backbone.at("layer3").spec, backbone, **SIZES)
@@ -167,6 +182,21 @@ def test_an_inverter_with_a_lift_trains_and_saves_the_lift_alone(tmp_path, lifte
     fresh.training_losses(images, backbone.at("layer3")(images), seeds=[1, 2])["loss"].backward()
     trained = {name for name, p in fresh.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained and all(name.startswith("lift.") for name in trained)
+
+
+def test_what_a_lift_has_drawn_is_corrected_towards_the_last_map(lifted, backbone) -> None:
+    inverter = wake(build_inverter(lifted, backbone.spec, backbone).eval())
+    lift, seeds = inverter.lift, [3, 4]
+    lift.fit(lift.backbone(torch.rand(16, 3, 32, 32)))
+    features = backbone(torch.rand(2, 3, 32, 32))
+    told = lift(features, seeds)
+    assert torch.equal(inverter.invert(features, seeds=seeds, told=told), inverter.invert(features, seeds=seeds))
+    seen = lift.backbone(inverter.invert(features, seeds=seeds))
+    told = told + 0.5 * (lift.nearer(seen, features) - seen)
+    by_hand = inverter.invert(features, seeds=seeds, told=told)
+    corrected = CorrectedInverter(inverter, backbone, rounds=1, lift_gain=0.5).invert(features, seeds=seeds)
+    assert torch.allclose(corrected, by_hand, atol=1e-5)
+    assert not torch.allclose(corrected, inverter.invert(features, seeds=seeds), atol=1e-4)
 
 
 def test_a_lift_goes_on_with_a_branch_that_was_trained_further(tmp_path, lifted, backbone) -> None:

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from cells import SIZE, Cells, Mosaic
+from conftest import wake
 
 from featinv.applications.matching import (
     MATCHING,
+    CorrectedInverter,
     FeatureGuidedInverter,
     RefinedInverter,
     matched,
@@ -65,6 +67,42 @@ def test_latents_are_moved_where_there_is_a_first_stage(inverter, backbone) -> N
     assert images.shape == (2, 3, 32, 32) and (moved > 0).all()
 
 
+class Faint(Mosaic):
+    """Its contrast is half of what it should be."""
+
+    def invert(self, features, *, seeds):
+        return super().invert(features / 2, seeds=seeds)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_corrections_go_on_from_what_the_last_picture_lacked(rounds) -> None:
+    features = 0.4 * torch.rand(2, 3, 8, 8)
+    images = CorrectedInverter(Faint(), Cells(), rounds=rounds, gain=0.3).invert(features, seeds=[0, 0])
+    # told - 2 features shrinks by 1 - 0.3 / 2 in each round, from -features on.
+    assert torch.allclose(Cells()(images), features * (1 - 0.5 * 0.85**rounds), atol=1e-6)
+
+
+def test_a_corrected_row_depends_on_its_own_features_and_seed_alone(inverter, backbone) -> None:
+    features = torch.rand(3, 512, 2, 2)
+    corrected = CorrectedInverter(wake(inverter), backbone)
+    together, alone = corrected.invert(features, seeds=[5, 6, 7]), corrected.invert(features[1:2], seeds=[6])
+    assert torch.allclose(together[1:2], alone, atol=1e-4)
+    assert not torch.allclose(together, inverter.invert(features, seeds=[5, 6, 7]), atol=1e-4)
+
+
+def test_what_is_corrected_can_be_refined_and_not_the_other_way_round(inverter, backbone) -> None:
+    outer = matched(inverter, backbone, ["corrected", "refined"], {"corrected": {"gain": 0.1}})
+    assert isinstance(outer.inverter, CorrectedInverter) and outer.inverter.gain == 0.1
+    assert outer.first_stage is inverter.prior.first_stage
+    for kinds in (["refined", "corrected"], ["guided", "corrected"]):
+        with pytest.raises(UserError, match="comes before"):
+            matched(inverter, backbone, kinds)
+    with pytest.raises(UserError, match="no sampling steps to guide"):
+        matched(inverter, backbone, ["corrected", "guided"])
+    with pytest.raises(UserError, match="takes a round"):
+        CorrectedInverter(inverter, backbone, rounds=0)
+
+
 class Noise32(Noise):
     size = 32
 
@@ -86,8 +124,7 @@ def test_wrappers_lie_in_the_order_of_the_name_and_take_their_own_parameters(inv
 
 
 def test_settings_are_those_that_a_wrapper_really_has(inverter, backbone) -> None:
-    guided, refined = (MATCHING[kind](inverter, backbone) for kind in ("guided", "refined"))
-    for kind, wrapper in (("guided", guided), ("refined", refined)):
+    for kind, wrapper in ((kind, MATCHING[kind](inverter, backbone)) for kind in MATCHING):
         found = settings_of(kind)
         assert found == json.loads(json.dumps(found)) and len(found) >= 3
         assert all(getattr(wrapper, k) == (tuple(v) if isinstance(v, list) else v) for k, v in found.items())

@@ -1,4 +1,4 @@
-"""Inverters whose pictures are matched to the features while or after they are drawn: NAME+guided, NAME+refined."""
+"""Inverters whose pictures are matched to the features: NAME+corrected, NAME+guided, NAME+refined."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -130,7 +131,62 @@ class RefinedInverter:
         return found.images
 
 
-MATCHING: dict[str, type] = {"guided": FeatureGuidedInverter, "refined": RefinedInverter}
+class CorrectedInverter:
+    """An inverter that looks at what it has drawn, is told more of what is missing there, and draws again.
+
+    told <- told + gain (features - backbone(picture)), iterative back-projection (Irani & Peleg 1991, "Improving
+    resolution by image registration") with the inverter in the place of the linear one. No gradient goes
+    through pixels: pictures stay such as the inverter draws. Behind a lift, whose maps no picture has quite, the
+    picture's own earlier map is moved towards the given last one (`FeatureLift.nearer`), and the way it went is added.
+
+    Args:
+        inverter: Draws, with the same seeds each time.
+        backbone: Whose features it inverts.
+        rounds: How often it looks; it draws once more than that.
+        gain: Share of the difference that is added.
+        lift_gain: The same where there is a lift.
+
+    Raises:
+        UserError: If the pictures have already been matched, or there are no rounds.
+    """
+
+    def __init__(
+        self, inverter: Inverter, backbone: Backbone, rounds: int = 2, gain: float = 0.25, lift_gain: float = 1.0
+    ):
+        if isinstance(inverter, (FeatureGuidedInverter, RefinedInverter)):
+            raise UserError("+corrected draws again, and comes before +refined: NAME+corrected+refined.")
+        if rounds < 1:
+            raise UserError(f"correcting takes a round at least, not {rounds}.")
+        self.inverter, self.backbone, self.size = inverter, backbone, inverter.size
+        self.prior, self.lift = getattr(inverter, "prior", None), getattr(inverter, "lift", None)
+        self.rounds, self.gain, self.lift_gain = rounds, gain, lift_gain
+
+    @torch.no_grad()
+    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Features (N, C, H, W) and N seeds -> images (N, 3, size, size) in [0, 1]."""
+        told = features if self.lift is None else self.inverter.lifted(features, seeds)  # type: ignore[attr-defined]
+        for _ in range(self.rounds):
+            told = told + self._missing(features, self._draw(features, seeds, told))
+        return self._draw(features, seeds, told)
+
+    def _draw(self, features: Tensor, seeds: Sequence[int], told: Tensor) -> Tensor:
+        if self.lift is None:
+            return self.inverter.invert(told, seeds=seeds)
+        return self.inverter.invert(features, seeds=seeds, told=told)  # type: ignore[call-arg]
+
+    def _missing(self, features: Tensor, images: Tensor) -> Tensor:
+        """What to add to what the inverter has been told, after a look at its images (N, 3, H, W)."""
+        if self.lift is None:
+            return self.gain * (features - self.backbone(images.float()))
+        seen = self.lift.backbone(images.float())
+        return self.lift_gain * (self.lift.nearer(seen, features) - seen)
+
+
+MATCHING: dict[str, type] = {
+    "corrected": CorrectedInverter,
+    "guided": FeatureGuidedInverter,
+    "refined": RefinedInverter,
+}
 """Suffix -> inverter around another one, called as kind(inverter, backbone, **params)."""
 
 

@@ -150,15 +150,25 @@ class FeatureLift(nn.Module):
         # Other numbers than the latents begin with: for the start, and for all steps but the last.
         noisy, *fresh = seeded_noise([seed ^ 0x11F7 for seed in seeds], (steps, *shape)).to(features).unbind(1)
 
-        def match(clean: Tensor) -> Tensor:
-            return F.cosine_similarity(self.last_map(clean * self.std + self.mean).flatten(1), features.flatten(1))
-
         for step in range(steps, 0, -1):
             level, after = step / steps, (step - 1) / steps
             velocity = self._velocity(noisy, noisy.new_full((len(noisy),), level), condition)
-            clean, _ = climb(noisy - level * velocity, match, self.guidance_strength, self.guidance_iterations)
+            clean = self._climbed(noisy - level * velocity, features)
             noisy = clean if step == 1 else self._renoised(noisy, clean, level, after, fresh.pop())
         return noisy * self.std + self.mean
+
+    def _climbed(self, clean: Tensor, features: Tensor) -> Tensor:
+        """Normalised maps, moved uphill on the cosine of their last map and the features."""
+
+        def match(clean: Tensor) -> Tensor:
+            return F.cosine_similarity(self.last_map(clean * self.std + self.mean).flatten(1), features.flatten(1))
+
+        return climb(clean, match, self.guidance_strength, self.guidance_iterations)[0]
+
+    @torch.no_grad()
+    def nearer(self, earlier: Tensor, features: Tensor) -> Tensor:
+        """Move earlier maps (N, C, H, W) towards last maps (N, C', H', W'), as far as sampling does in one step."""
+        return self._climbed(self._normalised(earlier), features) * self.std + self.mean
 
     def _renoised(self, noisy: Tensor, clean: Tensor, level: float, after: float, fresh: Tensor) -> Tensor:
         """The clean estimate of a map at one noise level, brought to the next with a share of other noise."""

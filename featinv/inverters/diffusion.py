@@ -129,12 +129,22 @@ class DiffusionInverter(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in given)
 
-    def conditions(self, features: Tensor, seeds: Sequence[int] | None = None) -> Conditions:
-        """Embed features (N, C, H, W) once per image; `seeds` are of what a lift draws, 0 to N - 1 by default."""
+    def lifted(self, features: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """What the encoder is told (N, C, H, W): the features, or what a lift draws from them.
+
+        Args:
+            features: (N, C', H', W').
+            seeds: Of what the lift draws, 0 to N - 1 by default.
+        """
+        if self.lift is None:
+            return features
         with half_arithmetic(features.device, self.unet.halved):
-            if self.lift is not None:
-                features = self.lift(features, range(len(features)) if seeds is None else seeds)
-            return self._conditions(features)
+            return self.lift(features, range(len(features)) if seeds is None else seeds)
+
+    def conditions(self, told: Tensor) -> Conditions:
+        """Embed maps (N, C, H, W) from `lifted` once per image."""
+        with half_arithmetic(told.device, self.unet.halved):
+            return self._conditions(told)
 
     def _conditions(self, features: Tensor) -> Conditions:
         embedding, estimate = self.encoder(features)
@@ -149,19 +159,25 @@ class DiffusionInverter(nn.Module):
 
     @torch.no_grad()
     def invert(
-        self, features: Tensor, *, seeds: Sequence[int], callback: Callable[[int, Tensor], None] | None = None
+        self,
+        features: Tensor,
+        *,
+        seeds: Sequence[int],
+        told: Tensor | None = None,
+        callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Draw one image for each row of features.
 
         Args:
             features: (N, C, H, W) from the backbone this inverter was trained for.
             seeds: N seeds; image i depends on features[i] and seeds[i] alone.
+            told: As of `draw`.
             callback: Called as callback(step, latents) after every sampling step.
 
         Returns:
             Images (N, 3, H, W) in [0, 1].
         """
-        latents = self.draw(features, seeds, callback=callback)
+        latents = self.draw(features, seeds, told=told, callback=callback)
         with half_arithmetic(features.device, self.unet.halved):
             return self.prior.first_stage.decode(latents)
 
@@ -170,6 +186,7 @@ class DiffusionInverter(nn.Module):
         features: Tensor,
         seeds: Sequence[int],
         *,
+        told: Tensor | None = None,
         num_inference_steps: int | None = None,
         grad_steps: int = 0,
         callback: Callable[[int, Tensor], None] | None = None,
@@ -179,13 +196,14 @@ class DiffusionInverter(nn.Module):
         Args:
             features: (N, C, H, W).
             seeds: N seeds.
+            told: What the encoder is told in place of `lifted(features, seeds)`, (N, C, H, W) of its own layer.
             num_inference_steps: Sampling steps; None takes the inverter's own.
             grad_steps: How many of the last steps keep their gradient, for training on what is drawn.
             callback: Called as callback(step, latents) after every sampling step.
         """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
-        conditions = self.conditions(features, seeds)
+        conditions = self.conditions(self.lifted(features, seeds) if told is None else told)
         noise = seeded_noise(seeds, self.prior.latent_shape).to(features)
 
         def denoise(noisy_latents: Tensor, timestep: Tensor) -> Tensor:
