@@ -10,9 +10,9 @@ python -m eval.benchmark inverters=[runs/a,runs/a+guided,runs/a+refined] 'params
 torchrun --nproc-per-node 8 -m eval.benchmark ...                processes or GPUs share the work
 
 A trained inverter is given the features that it was trained on; the first one's backbone judges all rows. NAME@LAYER
-puts an inverter that needs no training on another layer; NAME+guided and NAME+refined match the pictures of any to the
-features while or after they are drawn (docs/applications.md#refine-to-match). Pictures are stored as they are made:
-interrupted, the same command makes the rest.
+puts an inverter that needs no training on another layer; NAME+corrected, +guided and +refined match the pictures
+to the features (docs/applications.md#refine-to-match). Pictures are stored as they are made: interrupted, the same
+command makes the rest.
 """
 
 from __future__ import annotations
