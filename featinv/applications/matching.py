@@ -135,9 +135,10 @@ class CorrectedInverter:
     """An inverter that looks at what it has drawn, is told more of what is missing there, and draws again.
 
     told <- told + gain (features - backbone(picture)), iterative back-projection (Irani & Peleg 1991, "Improving
-    resolution by image registration") with the inverter in the place of the linear one. No gradient goes
-    through pixels: pictures stay such as the inverter draws. Behind a lift, whose maps no picture has quite, the
-    picture's own earlier map is moved towards the given last one (`FeatureLift.nearer`), and the way it went is added.
+    resolution by image registration") with the inverter in the place of the linear one. No gradient goes through
+    pixels; but what the inverter is told then is no picture's map, and some realism is lost. Behind a lift, whose own
+    maps no picture has quite, the picture's earlier map is moved towards the given last one (`FeatureLift.nearer`), and
+    the way it went is added.
 
     Args:
         inverter: Draws, with the same seeds each time.
