@@ -94,9 +94,9 @@ def test_what_is_corrected_can_be_refined_and_not_the_other_way_round(inverter, 
     outer = matched(inverter, backbone, ["corrected", "refined"], {"corrected": {"gain": 0.1}})
     assert isinstance(outer.inverter, CorrectedInverter) and outer.inverter.gain == 0.1
     assert outer.first_stage is inverter.prior.first_stage
-    for kinds in (["refined", "corrected"], ["guided", "corrected"]):
-        with pytest.raises(UserError, match="comes before"):
-            matched(inverter, backbone, kinds)
+    for kind in MATCHING:
+        with pytest.raises(UserError, match="comes first"):
+            matched(inverter, backbone, [kind, "corrected"])
     with pytest.raises(UserError, match="no sampling steps to guide"):
         matched(inverter, backbone, ["corrected", "guided"])
     with pytest.raises(UserError, match="takes a round"):

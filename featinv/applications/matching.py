@@ -154,8 +154,8 @@ class CorrectedInverter:
     def __init__(
         self, inverter: Inverter, backbone: Backbone, rounds: int = 2, gain: float = 0.25, lift_gain: float = 1.0
     ):
-        if isinstance(inverter, (FeatureGuidedInverter, RefinedInverter)):
-            raise UserError("+corrected draws again, and comes before +refined: NAME+corrected+refined.")
+        if isinstance(inverter, (CorrectedInverter, FeatureGuidedInverter, RefinedInverter)):
+            raise UserError("+corrected draws again, and comes first: NAME+corrected+refined.")
         if rounds < 1:
             raise UserError(f"correcting takes a round at least, not {rounds}.")
         self.inverter, self.backbone, self.size = inverter, backbone, inverter.size
