@@ -129,17 +129,17 @@ class DiffusionInverter(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in given)
 
-    def lifted(self, features: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+    def lifted(self, features: Tensor, seeds: Sequence[int]) -> Tensor:
         """What the encoder is told (N, C, H, W): the features, or what a lift draws from them.
 
         Args:
             features: (N, C', H', W').
-            seeds: Of what the lift draws, 0 to N - 1 by default.
+            seeds: N seeds of what the lift draws.
         """
         if self.lift is None:
             return features
         with half_arithmetic(features.device, self.unet.halved):
-            return self.lift(features, range(len(features)) if seeds is None else seeds)
+            return self.lift(features, seeds)
 
     def conditions(self, told: Tensor) -> Conditions:
         """Embed maps (N, C, H, W) from `lifted` once per image."""
