@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
+from featinv.backbones.rest import RestOfNetwork
 from featinv.config import nearest
 from featinv.errors import UserError
 from featinv.files import read_state
@@ -73,6 +74,7 @@ class TimmBackbone(Backbone):
 
     def _cut(self) -> None:
         self._extract = self._choose(self.layer)
+        self._rest: RestOfNetwork | None = None
 
     def _choose(self, layer: str) -> Callable[[Tensor], Tensor]:
         if layer == "final":
@@ -144,22 +146,18 @@ class TimmBackbone(Backbone):
     def final_from(self, features: Tensor) -> Tensor:
         """The network's last map (N, C', H', W') of images whose map at this layer is `features` (N, C, H, W).
 
-        The rest of the network runs as it is: on a blank picture, with the layer's output replaced.
-
         Raises:
             UserError: If the layer gives tokens, some of which the map does not hold, or is not one module.
         """
         module = dict(self.model.named_modules()).get(self.layer)
         if self.layer == "final" or module is None:
             return super().final_from(features)
-
-        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor) or output.shape[1:] != features.shape[1:]:
-                raise UserError(f"the map of layer {self.layer!r} of {self.name} is not all that the next layer reads.")
-            return features
-
-        blank = self.mean.new_zeros(1, 3, self.input_size, self.input_size)
-        return self._nchw(_run_hooked(self.model, module, replace, blank))
+        if self._rest is None or self._rest.device != self.mean.device:
+            self._rest = RestOfNetwork(self.model, module, self.mean.new_zeros(1, 3, self.input_size, self.input_size))
+        whole = self._rest.output
+        if not isinstance(whole, Tensor) or whole.shape[1:] != features.shape[1:]:
+            raise UserError(f"the map of layer {self.layer!r} of {self.name} is not all that the next layer reads.")
+        return self._nchw(self._rest(features))
 
     def logits_from(self, features: Tensor) -> Tensor:
         """Class scores (N, K) from the final map.
@@ -204,17 +202,13 @@ def _intermediate_index(model: nn.Module, listed: list[str], layer: str) -> int 
 
 
 def _hooked(model: Any, module: nn.Module, x: Tensor) -> Tensor:
-    kept: list[Tensor] = []
-    _run_hooked(model, module, lambda _m, _i, output: kept.append(output), x)
+    """What a module gives within `forward_features`."""
+    kept: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    try:
+        model.forward_features(x)
+    finally:
+        handle.remove()
     if not kept or not isinstance(kept[-1], Tensor):
         raise UserError("that layer is not run by the model's forward_features, or gives no tensor.")
     return kept[-1]
-
-
-def _run_hooked(model: Any, module: nn.Module, hook: Callable[..., Tensor | None], x: Tensor) -> Tensor:
-    """`forward_features` with a hook on one module, which is gone afterwards."""
-    handle = module.register_forward_hook(hook)
-    try:
-        return model.forward_features(x)
-    finally:
-        handle.remove()
