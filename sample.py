@@ -41,8 +41,11 @@ def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) ->
     Unreadable ones of a folder are left out and named in skipped.json.
 
     Raises:
-        UserError: If there is no such picture, or it cannot be read.
+        UserError: If there is no such picture, or it cannot be read, or a number makes no sense.
     """
+    for name in ("n", "per_class"):
+        if config[name] is not None and (not isinstance(config[name], int) or config[name] < 1):
+            raise UserError(f"{name} is a number of images, 1 or more, or null for all, not {config[name]}.")
     if config.image is not None:
         dataset = pictures(config.image, size)
     else:

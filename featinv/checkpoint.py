@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from featinv.errors import UserError
@@ -61,8 +60,6 @@ def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, list | tuple):
         kind = "list" if isinstance(node, list) else "tuple"
         return {kind: [_flatten(value, f"{name}.{i}", tensors) for i, value in enumerate(node)]}
-    if isinstance(node, torch.Size):
-        return {"tuple": [{"value": int(n)} for n in node]}
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
     raise UserError(f"a checkpoint cannot hold {type(node).__name__} at {name.lstrip('.')!r}.")

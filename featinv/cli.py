@@ -42,11 +42,11 @@ def parse_command_line(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     flags = {"help": "print this and the configuration that the other words make", **(flags or {})}
-    given = {word.removeprefix("--") for word in words if word.startswith("--")} | ({"help"} & set(words))
-    given |= {"help"} if "-h" in words else set()
-    words = [word for word in words if not word.startswith("-")]
-    for flag in given - set(flags):
-        raise UserError(f"unknown flag --{flag}; there are {', '.join('--' + name for name in flags)}.")
+    words = ["--help" if word in ("-h", "help") else word for word in words]
+    given = {word for word in words if word.startswith("-")}
+    words = [word for word in words if word not in given]
+    for flag in given - {f"--{name}" for name in flags}:
+        raise UserError(f"unknown flag {flag}; there are {', '.join(f'--{name}' for name in flags)}.")
     own = default.endswith(".yaml")  # a script's own file
     chosen = [] if own else [word.partition("=")[2] for word in words if word.startswith("experiment=")]
     words = [word for word in words if own or not word.startswith("experiment=")]
@@ -54,12 +54,13 @@ def parse_command_line(
     words = [word for word in words if not word.startswith("out=")]
     name = chosen[-1] if chosen else default
     config = load_config(name, words)
-    if "help" in given:
+    if "--help" in given:
         chooser = "experiment" if not own else "setting" if "setting" in config else None
         print(_help(description, name, config, flags, chooser))
         raise SystemExit(0)
     _quieten()
-    return CommandLine(config, Path(name).stem, Path(folders[-1]) if folders else None, frozenset(given))
+    out = Path(folders[-1]).expanduser() if folders else None  # the shell leaves the ~ in out=~/runs alone
+    return CommandLine(config, Path(name).stem, out, frozenset(flag.removeprefix("--") for flag in given))
 
 
 def _help(description: str, name: str, config: DictConfig, flags: dict[str, str], chooser: str | None) -> str:

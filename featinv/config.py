@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,7 +34,14 @@ def load_group(group: str, name: str) -> DictConfig:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no {group} {name!r}: {nearest(name, [p.stem for p in folder.glob('*.yaml')])}")
-    content = OmegaConf.load(path)
+    return _read(path)
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} must hold a mapping.")
     return content
@@ -65,15 +73,15 @@ def load_config(experiment: str | Path, overrides: Sequence[str] = ()) -> DictCo
 def _compose(experiment: str | Path) -> tuple[DictConfig, set[str]]:
     """The experiment before overrides, and the groups that it took from files."""
     path = Path(experiment)
-    own = OmegaConf.load(path) if path.suffix in (".yaml", ".yml") and path.is_file() else None
-    own = load_group("experiment", str(experiment)) if own is None else own
-    if not isinstance(own, DictConfig):
-        raise UserError(f"{path} must hold a mapping.")
+    is_file = path.suffix in (".yaml", ".yml") and path.is_file()
+    own = _read(path) if is_file else load_group("experiment", str(experiment))
     composed = OmegaConf.create({})
     groups: set[str] = set()
-    for entry in own.pop("defaults", []):
+    for place, entry in enumerate(own.pop("defaults", [])):
         group, _, name = str(entry).partition("/")
         if group == "experiment":
+            if place or name == str(experiment):
+                raise UserError(f"{experiment}: in `defaults`, {entry} must come first, and be another experiment.")
             composed, groups = _compose(name)
             continue
         composed[group] = load_group(group, name)  # replaced, not merged: parameters of another target would linger
@@ -102,8 +110,12 @@ def _override(config: DictConfig, key: str, value: str) -> None:
     # A constructor's parameter need not be spelt out in the YAML: `instantiate` checks it against the signature.
     if not isinstance(node, DictConfig) or (last not in node and not parent.endswith("params")):
         raise UserError(f"unknown key {key!r}: {nearest(key, all_keys(config))}")
+    if " #" in value and value[:1] not in "'\"[{":
+        raise UserError(f"in {key}={value} YAML takes what follows the # for a comment; write '{key}=\"{value}\"'.")
     try:
         OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}={value} is not a value in YAML; quote it: '{key}=\"{value}\"'.") from error
     except OmegaConfBaseException as error:
         raise UserError(f"cannot set {key}={value}: {error}") from error
 
@@ -151,6 +163,28 @@ def resolve_target(target: str, where: str = "target") -> Callable[..., Any]:
         raise UserError(
             f"{where}: {module} has no {name!r}; {nearest(name, dir(importlib.import_module(module)))}"
         ) from (error)
+
+
+def refuse_foreign(node: Any, where: str) -> None:
+    """Check that a configuration that came with a checkpoint builds nothing but what this package defines.
+
+    Any importable function could be a target, `os.system` too; your own classes live beneath `featinv`.
+
+    Raises:
+        UserError: If it names anything else.
+    """
+    if isinstance(node, list | tuple):
+        for part in node:
+            refuse_foreign(part, where)
+    if isinstance(node, Mapping):
+        for part in node.values():
+            refuse_foreign(part, where)
+        target = node.get("target")
+        if isinstance(target, str):
+            own = target.startswith("featinv.") and "${" not in target
+            defined = getattr(resolve_target(target, where), "__module__", None) if own else None
+            if not str(defined).startswith("featinv."):
+                raise UserError(f"{where} names {target!r}, which is not featinv's own and could run any code.")
 
 
 def check_params(function: Callable[..., Any], params: Sequence[str], where: str) -> None:

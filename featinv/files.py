@@ -70,6 +70,11 @@ def _alive(process: int) -> bool:
     return True
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_write(path) as temporary:
@@ -147,7 +152,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if str(path).endswith(".safetensors"):
         return load_safetensors(path)[0]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}.") from error
     except pickle.UnpicklingError as error:
@@ -156,7 +161,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             "get the weights as .safetensors."
         ) from error
     except Exception as error:  # torch raises many kinds on damaged files
-        raise UserError(f"{path} is not a readable state dict ({str(error).splitlines()[0][:120]}).") from error
+        raise UserError(f"{path} is not a readable state dict ({first_line(error)}).") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__}.")
+    return state
 
 
 @contextlib.contextmanager
@@ -168,14 +176,18 @@ def run_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
         wait: Wait for another process to finish instead of giving up.
 
     Raises:
-        UserError: If another process holds it.
+        UserError: If another process holds it, or it cannot be written into.
     """
     path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}); choose another folder.") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another process is working in {folder}; wait for it or choose another folder.") from error
         _sweep(path.parent)
         yield

@@ -10,9 +10,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
+from featinv.cli import parse_command_line
 from featinv.config import check_params, instantiate, load_config, resolve_target
 from featinv.errors import UserError
-from featinv.files import atomic_write, load_safetensors, run_lock, write_text
+from featinv.files import atomic_write, load_safetensors, read_state, run_lock, write_text
 from featinv.image import load_png, make_grid, save_png, seeded_noise
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +148,63 @@ def test_experiments_compose_and_overrides_are_checked(tmp_path) -> None:
         load_config(path, ["data=scene"])
     with pytest.raises(UserError, match="key=value"):
         load_config(path, ["max_steps"])
+
+
+@pytest.mark.parametrize("value", ["a: b", "[x", "*.tar", "{000..003}.tar", "@x", "[2024] holiday.jpg", "my photos #1"])
+def test_a_value_that_yaml_reads_otherwise_is_named(tmp_path, value: str) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("root: null\n")
+    with pytest.raises(UserError, match="root="):
+        load_config(path, [f"root={value}"])
+    assert load_config(path, [f'root="{value}"']).root == value
+
+
+@pytest.mark.parametrize("content", ["a: [", "a: 1\na: 2", "- a", "defaults: [data/scenes, experiment/demo]"])
+def test_a_broken_experiment_is_named(tmp_path, content: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="mine.yaml"):
+        load_config(path)
+    path.write_text(f"defaults: [experiment/{path}]")
+    with pytest.raises(UserError, match="another experiment"):
+        load_config(path)
+
+
+def test_flags_are_checked_and_help_has_three_spellings(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for word in ("-dry-run", "--dry_run", "-v"):
+        with pytest.raises(UserError, match=f"unknown flag {word}"):
+            parse_command_line("", "demo", {"dry-run": ""}, [word])
+    for word in ("help", "-h", "--help"):
+        with pytest.raises(SystemExit):
+            parse_command_line("what it does", "demo", None, [word])
+        assert "what it does" in capsys.readouterr().out
+    assert parse_command_line("", "demo", None, ["out=~/runs"]).out == tmp_path / "runs"
+
+
+def test_a_folder_that_cannot_be_written_into_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "beneath"):
+        with pytest.raises(UserError, match="cannot write into"), run_lock(folder):
+            pass
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None])
+def test_what_is_no_state_dict_is_named(tmp_path, content) -> None:
+    if content is None:
+        torch.save([torch.zeros(1)], tmp_path / "a.pth")
+    else:
+        (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.pth"):
+        read_state(tmp_path / "a.pth")
+
+
+def test_mistakes_about_the_default_backbone_are_named() -> None:
+    node = {"target": "featinv.backbones.bundled.bundled_backbone", "params": {"name": "mobilenetv3"}}
+    with pytest.raises(UserError, match="mobilenetv2"):
+        instantiate(node)
+    with pytest.raises(UserError, match="did you mean input_size"):
+        instantiate({**node, "params": {"name": "mobilenetv2", "inputsize": 64}})
 
 
 def _nodes(content):

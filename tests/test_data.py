@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -337,6 +338,28 @@ def test_class_index_file_orders_the_classes(tmp_path: Path) -> None:
             read_class_index(index)
 
 
+def test_splits_are_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, ["train/n01440764/a.png", "val/n01440764/b.png"])
+    with pytest.raises(UserError, match="set split to one of train, val"):
+        load_dataset(tmp_path, size=8)
+    assert load_dataset(tmp_path, size=8, split="val")[0]["label"] == 0
+
+
+def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
+    write_images(tmp_path, ["all/a.png", "elsewhere/b.png"])
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "all" / "round").symlink_to(tmp_path / "all")
+    assert [item["id"] for item in FlatFolder(tmp_path / "all", size=8)] == ["a", "linked__b"]
+
+
+def test_a_name_in_another_encoding_gets_an_id(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.png", "b.png", "c.png"])
+    for old, new in ((b"b.png", b"caf\xe9.png"), (b"c.png", b"caf\xe8.png")):
+        os.rename(os.path.join(os.fsencode(tmp_path), old), os.path.join(os.fsencode(tmp_path), new))
+    ids = [item["id"] for item in FlatFolder(tmp_path, size=8)]
+    assert len(set(ids)) == 3 and all(name.isascii() for name in ids)
+
+
 def test_flat_images_are_no_imagenet(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.png"])
     with pytest.raises(UserError, match="no class folders"):
@@ -472,6 +495,18 @@ def test_cut_missing_and_foreign_shards(three_shards: list[str], tmp_path: Path)
             build(str(tmp_path / "text.tar"))
         with pytest.raises(UserError, match="twice"):
             build([three_shards[0], three_shards[0]])
+
+
+@pytest.mark.parametrize("names", [["000.mask.png", "000.png"], ["000.rgb.png"]])
+def test_a_sample_of_a_shard_is_its_plain_picture(tmp_path: Path, names: list[str]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            data = encode(Image.new("RGB", (8, 8), "white" if "mask" in name else "red"))
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    image = IndexedShards(tmp_path / "a.tar", size=8)[0]["image"]
+    assert image[0].min() > 0.9 and image[1].max() < 0.1
 
 
 def test_wnids_turn_labels_into_class_indices(three_shards: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,12 @@ from safetensors import SafetensorError
 
 import train
 from featinv.backbones import load_backbone
+from featinv.checkpoint import save_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
 from featinv.config import CONFIG_ROOT, load_config
 from featinv.data.cifar import CIFAR10
 from featinv.data.scenes import ScenesDataset
+from featinv.data.shards import IndexedShards
 from featinv.diffusion.prior import load_prior
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import atomic_write, read_state, run_lock
@@ -251,6 +254,41 @@ def test_no_loader_executes_a_pickle(tmp_path, monkeypatch) -> None:
         with pytest.raises(UserError):
             load()
         assert not Path("pwned").exists(), name
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"target": "os.system", "params": {"command": "touch pwned"}},
+        {"target": "featinv.cli.sys.exit", "params": {}},
+        {"target": "featinv.checkpoint.json.dumps", "params": {}},
+        {"target": "featinv.files.fcntl", "params": {}},  # of another module, though reached through ours
+        {"target": "featinv.config.${name}", "params": {}},
+        {"target": "featinv.inverters.diffusion.DiffusionInverter", "params": {"x": [{"target": "os.getcwd"}]}},
+    ],
+)
+def test_a_stored_configuration_builds_nothing_foreign(tmp_path, monkeypatch, node) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = {"channels": 1, "height": 1, "width": 1, "layer": "final"}
+    described = {"config": {"inverter": node, "name": "x"}, "spec": spec, "prior": None, "branch": None}
+    save_checkpoint("inverter.safetensors", {"featinv": described, "state_dict": {}})
+    with pytest.raises(UserError, match=r"could run any code|cannot import"):
+        load_inverter(".")
+    assert not Path("pwned").exists()
+
+
+def test_a_shard_that_is_a_command_needs_consent(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for url in ("pipe:touch pwned", "PIPE:touch pwned", "{pipe:touch pwned,b.tar}"):
+        with pytest.raises(UserError, match=r"runs a shell command"):
+            IndexedShards(url)
+    assert not Path("pwned").exists()
+    picture = Path("a.png")
+    Image.new("RGB", (8, 8)).save(picture)
+    with tarfile.open("a.tar", "w") as tar:
+        tar.add(picture)
+    monkeypatch.setenv("FEATINV_PIPES", "1")
+    assert len(IndexedShards("pipe:cat a.tar", size=8)) == 1
 
 
 def test_no_source_unpickles() -> None:

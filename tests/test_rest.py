@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from featinv.backbones import load_backbone
+from featinv.backbones import Backbone, load_backbone
 from featinv.backbones.rest import RestOfNetwork
+from featinv.errors import UserError
 
 
 class Counted(nn.Conv2d):
@@ -73,6 +75,73 @@ def test_the_network_is_left_as_it_was_even_by_an_error() -> None:
 def test_a_module_that_is_not_run_has_no_output() -> None:
     net = Net()
     assert RestOfNetwork(net, nn.Linear(1, 1), torch.zeros(1, 3, 8, 8)).output is None
+
+
+def _random(name: str, layer: str) -> Backbone:
+    """With random norms, too: timm starts the last one of a residual block at zero, which hides the shortcut."""
+    backbone = load_backbone(name, layer, pretrained=False, input_size=64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in backbone.parameters():
+            if weight.ndim == 1:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + 0.7)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "determined"),
+    [
+        ("resnet18", "bn1", True),  # what follows works in place
+        ("resnet18", "layer2", True),
+        ("resnet18", "layer2.0.conv1", False),
+        ("resnet18", "layer2.0.bn2", False),
+        ("resnet18", "layer3.0.downsample", False),
+        ("tf_efficientnet_lite0", "blocks.2.1.conv_pw", False),
+        ("convnext_atto", "stages.1.blocks.0.conv_dw", False),
+        ("densenet121", "features.denseblock1.denselayer1", False),
+    ],
+)
+def test_a_map_goes_on_where_it_determines_the_last_one(name: str, layer: str, determined: bool) -> None:
+    backbone = _random(name, layer)
+    images = torch.rand(2, 3, 64, 64)
+    features = backbone(images)
+    before = features.clone()
+    if determined:
+        assert torch.allclose(backbone.final_from(features), backbone.at("final")(images), rtol=1e-3, atol=1e-4)
+        assert torch.equal(features, before)
+    else:
+        with pytest.raises(UserError, match="not all that the next layer reads"):
+            backbone.final_from(features)
+
+
+@pytest.mark.parametrize("layer", ["bn1", "layer1.0.bn1", "layer2"])
+def test_a_layers_map_is_what_the_module_gave(layer: str) -> None:
+    backbone, kept = _random("resnet18", layer), []
+    module = dict(backbone.model.named_modules())[layer]  # type: ignore[attr-defined]
+    images = torch.rand(2, 3, 64, 64)
+    handle = module.register_forward_hook(lambda *given: kept.append(given[2].clone()))
+    features = backbone(images)
+    handle.remove()
+    assert torch.equal(features, kept[0])
+
+
+def test_windows_are_no_images() -> None:
+    swin = load_backbone("swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", pretrained=False)
+    with pytest.raises(UserError, match="one row an image"):
+        swin(torch.rand(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("layer", ["blocks.4", "blocks.2.1.conv_pw", "final"])
+def test_copies_have_their_own_weights(layer: str) -> None:
+    backbone = load_backbone("efficientnet_lite0", layer, pretrained=False, input_size=64)
+    images = torch.rand(2, 3, 64, 64)
+    features = backbone(images)
+    other = copy.deepcopy(backbone)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    assert not torch.allclose(other(images), features) and torch.equal(backbone(images), features)
+    assert torch.equal(pickle.loads(pickle.dumps(backbone))(images), features)
 
 
 def test_a_copy_of_a_backbone_goes_on_with_its_own_weights() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from featinv.applications.batches import encode
 from featinv.applications.concepts import Concept, Direction, Subspace, columns_of, linear_probe, make_direction
 from featinv.errors import UserError
+from featinv.files import first_line
 
 
 def nmf_concepts(features: Tensor, count: int, limit: int = 4000, seed: int = 0) -> list[Direction]:
@@ -172,7 +173,7 @@ def encode_texts(
     try:
         model = open_clip.create_model(name, pretrained=checkpoint_path or pretrained)
     except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
-        raise UserError(f"cannot get the text tower of {name}: {str(error).splitlines()[0][:120]}") from error
+        raise UserError(f"cannot get the text tower of {name}: {first_line(error)}") from error
     with torch.no_grad():
         return model.eval().encode_text(open_clip.get_tokenizer(name)(list(prompts))).float()
 

@@ -6,11 +6,12 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
+from torch import Tensor
 
 from featinv.backbones.timm_backbone import TimmBackbone
+from featinv.config import nearest
 from featinv.errors import UserError
 from featinv.files import read_state
 
@@ -49,15 +50,45 @@ BUNDLED = {
 }
 
 
-def bundled_backbone(name: str, layer: str = "final", input_size: int | None = None, **params: Any) -> TimmBackbone:
-    """Load a bundled backbone; its tensors match timm's in order, not in name.
+def bundled_backbone(
+    name: str,
+    layer: str = "final",
+    input_size: int | None = None,
+    pretrained: bool = True,
+    checkpoint_path: str | None = None,
+    seed: int = 0,
+) -> TimmBackbone:
+    """Load a bundled backbone.
+
+    Args:
+        name: One of `BUNDLED`.
+        layer: As for `TimmBackbone`.
+        input_size: As for `TimmBackbone`.
+        pretrained: Take the package's weights; False draws random ones from `seed`.
+        checkpoint_path: A state dict to load instead.
+        seed: Of random weights.
 
     Raises:
-        UserError: If the package is not installed or its file is not the expected one.
+        UserError: If there is no such backbone, the package is not installed, or its file is not the expected one.
     """
+    if name not in BUNDLED:
+        raise UserError(f"no bundled backbone {name!r}: {nearest(name, list(BUNDLED))}")
     entry = BUNDLED[name]
-    if params.get("pretrained") is False:
-        return TimmBackbone(entry.model, layer, input_size=input_size, mean=entry.mean, std=entry.std, **params)
+    return TimmBackbone(
+        entry.model,
+        layer,
+        pretrained=False,
+        checkpoint_path=checkpoint_path,
+        input_size=input_size,
+        seed=seed,
+        state=_packaged(name, entry) if pretrained and checkpoint_path is None else None,
+        mean=entry.mean,
+        std=entry.std,
+    )
+
+
+def _packaged(name: str, entry: _Bundled) -> dict[str, Tensor]:
+    """The package's weights under timm's names: its tensors match timm's in order, not in name."""
     found = importlib.util.find_spec(entry.package)
     if found is None or not found.submodule_search_locations:
         raise UserError(f"the weights of {name} are not installed; run: {entry.install}")
@@ -68,7 +99,4 @@ def bundled_backbone(name: str, layer: str = "final", input_size: int | None = N
     expected = timm.create_model(entry.model).state_dict()
     if [tuple(v.shape) for v in values] != [tuple(v.shape) for v in expected.values()]:
         raise UserError(f"{path} does not hold {entry.model}; run: {entry.install} --force-reinstall")
-    state = dict(zip(expected, values, strict=True))
-    return TimmBackbone(
-        entry.model, layer, input_size=input_size, state=state, mean=entry.mean, std=entry.std, **params
-    )
+    return dict(zip(expected, values, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from featinv.backbones.base import Backbone
 from featinv.config import nearest
 from featinv.errors import UserError
-from featinv.files import read_state
+from featinv.files import first_line, read_state
 
 
 class OpenCLIPBackbone(Backbone):
@@ -82,7 +82,7 @@ def _create(name: str, pretrained: str | None, seed: int) -> Any:
             return open_clip.create_model(name, pretrained=pretrained).visual
         except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
             raise UserError(
-                f"cannot get the weights {pretrained!r} of {name} ({str(error).splitlines()[0][:120]}); connect to the "
+                f"cannot get the weights {pretrained!r} of {name} ({first_line(error)}); connect to the "
                 "hub, give checkpoint_path, or set pretrained=null for random weights."
             ) from error
 

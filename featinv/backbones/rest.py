@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featinv.image import seeded_noise
+
 
 class RestOfNetwork:
     """From the output of one module to the last map, by the network's own `forward_features`.
@@ -25,6 +27,8 @@ class RestOfNetwork:
 
     Attributes:
         output: What the module makes of the blank picture; None if `forward_features` does not run it.
+        determined: Whether the module's output is one tensor on which all that follows depends, and on nothing else:
+            within a residual block the shortcut would be the blank picture's.
         device: Of the blank picture.
     """
 
@@ -50,11 +54,40 @@ class RestOfNetwork:
                 handle.remove()
         # One that runs again later may be needed there.
         self._before = [(part, output) for part, output in self._before if runs[part] == 1]
+        self.determined = isinstance(self.output, Tensor) and self._agrees()
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Whether the whole network and the rest of it find the same, of noise."""
+        noise = seeded_noise([0], self.blank.shape[1:]).to(self.blank)
+        output = hooked_output(self.model, self.module, noise)
+        wanted = self.model.forward_features(noise)
+        # The same operations on as many pictures: what is determined is equal to the last bit, or nearly.
+        if output is None or not isinstance(wanted, Tensor):
+            return False
+        return bool((self(output) - wanted).norm() <= 1e-5 * wanted.norm())
 
     def __call__(self, output: Tensor) -> Tensor:
         """An output of the module, of N pictures -> what `forward_features` returns of them."""
-        with _giving([*self._before, (self.module, output)]):
+        # A copy: what follows may work in place.
+        with _giving([*self._before, (self.module, output.clone())]):
             return self.model.forward_features(self.blank)
+
+
+def hooked_output(model: Any, module: nn.Module, x: Tensor) -> Tensor | None:
+    """What a module gives within `forward_features`; None if it does not run there, or gives no tensor."""
+    kept: list[Any] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        # A copy: what follows may work in place.
+        kept.append(output.clone() if isinstance(output, Tensor) else output)
+
+    handle = module.register_forward_hook(keep)
+    try:
+        model.forward_features(x)
+    finally:
+        handle.remove()
+    return kept[-1] if kept and isinstance(kept[-1], Tensor) else None
 
 
 def _beside(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:

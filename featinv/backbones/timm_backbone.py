@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
-from featinv.backbones.rest import RestOfNetwork
+from featinv.backbones.rest import RestOfNetwork, hooked_output
 from featinv.config import nearest
 from featinv.errors import UserError
-from featinv.files import read_state
+from featinv.files import first_line, read_state
 
 
 class TimmBackbone(Backbone):
@@ -72,27 +72,37 @@ class TimmBackbone(Backbone):
         """Names in timm's feature list."""
         return [info["module"] for info in getattr(self.model, "feature_info", [])]
 
-    def _cut(self) -> None:
-        self._extract = self._choose(self.layer)
-        self._rest: RestOfNetwork | None = None
+    def _index(self, layer: str) -> int:
+        """Position of a listed layer among the outputs of `forward_intermediates`, counted from the last."""
+        return self._listed.index(layer) - len(self._listed)
 
-    def _choose(self, layer: str) -> Callable[[Tensor], Tensor]:
-        if layer == "final":
-            return lambda x: self._nchw(self.model.forward_features(x))
-        listed = self._listed
-        if layer in listed and hasattr(self.model, "forward_intermediates"):
-            index = _intermediate_index(self.model, listed, layer)
-            if index is not None:
-                return lambda x: self.model.forward_intermediates(
-                    x, indices=[index], output_fmt="NCHW", intermediates_only=True, stop_early=True
-                )[0]
+    def _is_intermediate(self, layer: str) -> bool:
+        return layer in self._listed and hasattr(self.model, "forward_intermediates")
+
+    def _cut(self) -> None:
+        self._rest: RestOfNetwork | None = None
         modules = dict(self.model.named_modules())
-        if layer not in modules or not layer:
-            raise UserError(f"{self.name} has no layer {layer!r}: {nearest(layer, ['final', *listed, *modules][:400])}")
-        return lambda x: self._nchw(_hooked(self.model, modules[layer], x))
+        if self.layer not in ("final", *modules) or not self.layer:
+            names = ["final", *self._listed, *modules][:400]
+            raise UserError(f"{self.name} has no layer {self.layer!r}: {nearest(self.layer, names)}")
+
+    def _extract(self, x: Tensor) -> Tensor:
+        """The network's input (N, 3, H, W) -> features (N, C, H, W)."""
+        if self.layer == "final":
+            return self._nchw(self.model.forward_features(x))
+        if self._is_intermediate(self.layer):
+            return self.model.forward_intermediates(
+                x, indices=[self._index(self.layer)], output_fmt="NCHW", intermediates_only=True, stop_early=True
+            )[0]
+        output = hooked_output(self.model, self.model.get_submodule(self.layer), x)
+        if output is None or len(output) != len(x):
+            raise UserError(f"layer {self.layer!r} of {self.name} gives no tensor of one row an image.")
+        return self._nchw(output)
 
     def _nchw(self, x: Tensor) -> Tensor:
         """Tokens or NHWC maps -> (N, C, H, W), prefix tokens removed."""
+        if not isinstance(x, Tensor):
+            raise UserError(f"layer {self.layer!r} of {self.name} gives a {type(x).__name__}, not one map.")
         if x.ndim == 3:
             x = x[:, getattr(self.model, "num_prefix_tokens", 0) :]
             height, width = self._grid(x.shape[1])
@@ -125,10 +135,9 @@ class TimmBackbone(Backbone):
         if not inner or not inner <= set(listed) or not hasattr(self.model, "forward_intermediates"):
             return super().maps(images, layers)
         names = sorted(inner, key=listed.index)  # timm returns them in the network's order
-        indices = [_intermediate_index(self.model, listed, name) for name in names]
         found = self.model.forward_intermediates(
             self.preprocess(images),
-            indices=indices,
+            indices=[self._index(name) for name in names],
             output_fmt="NCHW",
             intermediates_only="final" not in layers,
             stop_early="final" not in layers,
@@ -147,15 +156,15 @@ class TimmBackbone(Backbone):
         """The network's last map (N, C', H', W') of images whose map at this layer is `features` (N, C, H, W).
 
         Raises:
-            UserError: If the layer gives tokens, some of which the map does not hold, or is not one module.
+            UserError: If the layer gives tokens, some of which the map does not hold, or is not one module, or what
+                follows reads more than its output, as the end of a residual block does.
         """
         module = dict(self.model.named_modules()).get(self.layer)
         if self.layer == "final" or module is None:
             return super().final_from(features)
         if self._rest is None or self._rest.device != self.mean.device:
             self._rest = RestOfNetwork(self.model, module, self.mean.new_zeros(1, 3, self.input_size, self.input_size))
-        whole = self._rest.output
-        if not isinstance(whole, Tensor) or whole.shape[1:] != features.shape[1:]:
+        if not self._rest.determined or features.shape[1:] != self._rest.output.shape[1:]:
             raise UserError(f"the map of layer {self.layer!r} of {self.name} is not all that the next layer reads.")
         return self._nchw(self._rest(features))
 
@@ -163,7 +172,7 @@ class TimmBackbone(Backbone):
         """Class scores (N, K) from the final map.
 
         Raises:
-            UserError: At an earlier layer, or where the head reads a class token, which the map does not hold.
+            UserError: At an earlier layer, or where the head reads more than the map, such as a class token.
         """
         if self.layer != "final":
             return super().logits_from(features)
@@ -171,9 +180,13 @@ class TimmBackbone(Backbone):
             raise UserError(f"{self.name} classifies by its class token, which the spatial map does not hold.")
         if hasattr(self.model, "patch_embed") and getattr(self.model, "output_fmt", "NCHW") != "NHWC":
             prefix = features.new_zeros(len(features), getattr(self.model, "num_prefix_tokens", 0), features.shape[1])
-            return self.model.forward_head(torch.cat([prefix, features.flatten(2).transpose(1, 2)], 1))
-        nhwc = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        return self.model.forward_head(features.permute(0, 2, 3, 1) if nhwc else features)
+            given = torch.cat([prefix, features.flatten(2).transpose(1, 2)], 1)
+        else:
+            given = features.permute(0, 2, 3, 1) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else features
+        try:
+            return self.model.forward_head(given)
+        except RuntimeError as error:  # a form of its own between features and head
+            raise UserError(f"the head of {self.name} cannot read the spatial map ({first_line(error)}).") from error
 
 
 def _create(name: str, pretrained: bool, input_size: int | None, seed: int) -> nn.Module:
@@ -190,25 +203,6 @@ def _create(name: str, pretrained: bool, input_size: int | None, seed: int) -> n
             return timm.create_model(name, pretrained=pretrained)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"cannot get the weights of {name} ({str(error).splitlines()[0][:120]}); connect to the hub, give "
+                f"cannot get the weights of {name} ({first_line(error)}); connect to the hub, give "
                 "checkpoint_path, or set pretrained=false for random weights."
             ) from error
-
-
-def _intermediate_index(model: nn.Module, listed: list[str], layer: str) -> int | None:
-    """Position of a listed layer among `forward_intermediates`' outputs, where the two lists correspond."""
-    position = listed.index(layer)
-    return position - len(listed)
-
-
-def _hooked(model: Any, module: nn.Module, x: Tensor) -> Tensor:
-    """What a module gives within `forward_features`."""
-    kept: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
-    try:
-        model.forward_features(x)
-    finally:
-        handle.remove()
-    if not kept or not isinstance(kept[-1], Tensor):
-        raise UserError("that layer is not run by the model's forward_features, or gives no tensor.")
-    return kept[-1]

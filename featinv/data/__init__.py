@@ -52,10 +52,11 @@ def load_dataset(name_or_node: str | os.PathLike[str] | Mapping[str, Any], **par
 def _guess(path: str) -> tuple[str, str]:
     if path.endswith(SHARD_SUFFIXES):
         return "shards", "urls"
-    if not Path(path).is_dir():
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
         near = difflib.get_close_matches(path, DATASETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"names are {', '.join(DATASETS)}."
         raise UserError(f"{path!r} is neither a data set's name nor an existing folder or shard; {hint}")
     from featinv.data.folders import has_class_folders
 
-    return ("imagenet" if has_class_folders(Path(path)) else "folder"), "root"
+    return ("imagenet" if has_class_folders(folder) else "folder"), "root"

@@ -63,10 +63,6 @@ class ImageDataModule(pl.LightningDataModule):
         self.setup()
         return [] if self.val is None else self._loader(self.val, shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Item] | list[DataLoader[Item]]:
-        """Return the validation images."""
-        return self.val_dataloader()
-
     def _loader(self, dataset: Any, shuffle: bool) -> DataLoader[Item]:
         options: dict[str, Any] = {
             "batch_size": self.batch_size,

@@ -13,6 +13,7 @@ from featinv.data.reading import IMAGE_SUFFIXES, UnreadableImage, check_image
 from featinv.errors import UserError
 
 CLASS_INDEX_FILES = ("LOC_synset_mapping.txt", "imagenet_class_index.json", "wnids.json", "wnids.txt")
+_SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class ImageNetFolder(ImageList):
@@ -48,7 +49,8 @@ class ImageNetFolder(ImageList):
         per_class: int | None = None,
         class_index: str | os.PathLike[str] | None = None,
     ):
-        folder = _existing_folder(Path(root) / split if split else Path(root))
+        root = Path(root).expanduser()
+        folder = _existing_folder(root / split if split else root)
         files = {path.name: list_images(path) for path in _subfolders(folder)}
         folders = sorted(name for name, found in files.items() if found)
         if not folders:
@@ -56,7 +58,9 @@ class ImageNetFolder(ImageList):
                 f"{folder} has no class folders with images (expected {folder}/CLASS/FILE.JPEG); "
                 "for images that lie flat use FlatFolder."
             )
-        self.classes = _class_order(folders, class_index, (folder, Path(root)))
+        if not split and set(folders) <= _SPLITS:
+            raise UserError(f"{folder} holds splits, not classes; set split to one of {', '.join(folders)}.")
+        self.classes = _class_order(folders, class_index, (folder, root))
         label = {name: number for number, name in enumerate(self.classes)}
         if unknown := [name for name in folders if name not in label]:
             raise UserError(f"the folder {folder / unknown[0]} is not in the class index; rename or remove it.")
@@ -108,6 +112,8 @@ def pictures(path: str | os.PathLike[str], size: int) -> ImageList:
     Raises:
         UserError: If there is no such file or folder, or nothing in it can be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{path} is a {type(path).__name__}, not a path; a folder of that name is ./{path}.")
     path = Path(path).expanduser()  # the shell leaves the ~ in image=~/my.jpg alone
     if path.is_dir():
         return FlatFolder(path, size)
@@ -120,10 +126,15 @@ def pictures(path: str | os.PathLike[str], size: int) -> ImageList:
 
 
 def list_images(folder: Path, recursive: bool = True) -> list[str]:
-    """List image files (by suffix, hidden ones left out) as sorted paths relative to `folder`."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+    """List image files (by suffix, hidden ones left out) as sorted paths relative to `folder`; links are followed."""
+    found, seen = [], set[str]()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder above, or a second one to the same
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 found.append((Path(parent) / name).relative_to(folder).as_posix())
@@ -178,6 +189,7 @@ def _class_order(folders: list[str], class_index: str | os.PathLike[str] | None,
 
 
 def _existing_folder(folder: Path) -> Path:
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the path of your images.")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -169,5 +170,5 @@ def stable_ids(names: Sequence[str]) -> list[str]:
         if count[slug.lower()] == 1 and slug == stem.replace("/", "__") and len(slug) <= _LONGEST_ID:
             ids.append(slug)
         else:
-            ids.append(f"{slug[:_LONGEST_ID]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}")
+            ids.append(f"{slug[:_LONGEST_ID]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:10]}")
     return ids

@@ -19,9 +19,8 @@ def identity(items: Any, index: int) -> tuple[str, int]:
     if isinstance(items, Subset):
         return identity(items.dataset, items.indices[index])
     entries = getattr(items, "entries", None)
-    known = entries[index] if entries is not None else None
-    if known is not None:
-        return known.id, int(known.label)
+    if entries is not None:
+        return entries[index].id, int(entries[index].label)
     item = items[index]
     return str(item["id"]), int(item["label"])
 

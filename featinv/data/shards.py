@@ -153,12 +153,15 @@ def expand_shards(urls: str | Sequence[str]) -> list[Shard]:
     """Expand braces and `*` into shards with unique names.
 
     Raises:
-        UserError: If a local file is missing, or there are none.
+        UserError: If a local file is missing, or there are none, or one is a command ("pipe:", which a checkpoint's
+            configuration may name as well as you) and FEATINV_PIPES is not 1.
     """
     found: list[str] = []
     for pattern in [urls] if isinstance(urls, str | os.PathLike) else urls:
-        for url in wds.shardlists.expand_urls(os.fspath(pattern)):
+        for url in wds.shardlists.expand_urls(os.path.expanduser(pattern)):
             remote = ":" in url.split("/", 1)[0]
+            if url.lower().startswith("pipe:") and os.environ.get("FEATINV_PIPES") != "1":
+                raise UserError(f"{url} runs a shell command; set FEATINV_PIPES=1 if you know who wrote it.")
             matches = [url] if remote or Path(url).is_file() else sorted(glob.glob(url))
             if not matches:
                 raise UserError(f"there is no shard {url}; give the path of a .tar or .tar.gz file.")
@@ -226,10 +229,11 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _picture(sample: Mapping[str, Any]) -> bytes:
-    for suffix in IMAGE_SUFFIXES:
-        for key, value in sample.items():
-            if not key.startswith("__") and f".{key}".endswith(suffix):
-                return value
+    for whole in (True, False):  # 000.png is meant where 000.mask.png lies beside it
+        for suffix in IMAGE_SUFFIXES:
+            for key, value in sample.items():
+                if not key.startswith("__") and (f".{key}" == suffix if whole else f".{key}".endswith(suffix)):
+                    return value
     raise UserError("the sample holds no picture")
 
 

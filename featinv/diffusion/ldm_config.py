@@ -19,6 +19,7 @@ from torch import Tensor
 
 from featinv.diffusion.ldm_keys import Levels
 from featinv.errors import UserError
+from featinv.files import first_line
 
 State = Mapping[str, Tensor]
 
@@ -67,7 +68,7 @@ def read_settings(path: str | Path | None) -> LdmSettings:
     except FileNotFoundError as error:
         raise UserError(f"there is no configuration {path}.") from error
     except Exception as error:  # YAML's parser raises many kinds
-        raise UserError(f"{path} is not a YAML file ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"{path} is not a YAML file ({first_line(error)}).") from error
     plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else {}
     assert isinstance(plain, dict)
     found = _compvis(plain["model"]) if "model" in plain else _short(plain) if "unet" in plain else None

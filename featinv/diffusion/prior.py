@@ -14,7 +14,7 @@ from featinv.diffusion.attention import attend_by_size
 from featinv.diffusion.convolution import convolve_by_size
 from featinv.diffusion.first_stage import Finish, FirstStage
 from featinv.errors import UserError
-from featinv.files import load_safetensors, save_safetensors, write_json
+from featinv.files import first_line, load_safetensors, save_safetensors, write_json
 
 WEIGHTS_ROOT = Path(__file__).resolve().parents[1] / "weights"
 PROMPT = "a high-quality, detailed, and professional image"
@@ -164,7 +164,7 @@ def _load_own(path: Path) -> DiffusionPrior:
             state, _ = load_safetensors(path / name / "diffusion_pytorch_model.safetensors")
             part.load_state_dict({k: v.float() for k, v in state.items()})
     except (OSError, KeyError, RuntimeError) as error:
-        raise UserError(f"the prior in {path} is damaged or incomplete: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the prior in {path} is damaged or incomplete: {first_line(error)}") from error
     scheduler = DDPMScheduler.from_pretrained(path / "scheduler")
     text = {k.removeprefix("text."): v for k, v in tensors.items() if k.startswith("text.")}
     return DiffusionPrior(first_stage, unet, scheduler, text, info["size"])
@@ -186,7 +186,7 @@ def _load_stable_diffusion(name: str) -> DiffusionPrior:
     except Exception as error:  # the hub client raises many kinds; all mean "not to be had"
         raise UserError(
             f"no prior {name!r}: not bundled ({', '.join(bundled_priors()) or 'none'}), no such folder, and not "
-            f"loadable from the hub ({str(error).splitlines()[0]}). Small priors are made by tools.train_prior."
+            f"loadable from the hub ({first_line(error)}). Small priors are made by tools.train_prior."
         ) from error
     # The tower is needed for two constant prompts only, then released.
     length = tokenizer.model_max_length

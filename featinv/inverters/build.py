@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.checkpoint import load_checkpoint, save_checkpoint
-from featinv.config import instantiate, nearest, resolve_target
+from featinv.config import instantiate, nearest, refuse_foreign, resolve_target
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
 from featinv.errors import UserError
@@ -241,9 +241,7 @@ def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) 
     """
     path = find_inverter(name_or_path)
     tree = load_checkpoint(path)
-    if "featinv" not in tree:
-        raise UserError(f"{path} is a checkpoint of another kind (no inverter in it).")
-    described = tree["featinv"]
+    described = description(tree, path)
     config, spec = OmegaConf.create(described["config"]), FeatureSpec(**described["spec"])
     assert isinstance(config, DictConfig)
     inverter = build_inverter(config, spec, prior=prior)
@@ -259,6 +257,18 @@ def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) 
     if isinstance(inverter, torch.nn.Module):
         inverter.eval().requires_grad_(False)
     return Trained(inverter, config, spec, tree.get("note") or {})
+
+
+def description(tree: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """What a checkpoint, or its header, says of its inverter: "config", "spec", and of which "prior" and "branch".
+
+    Raises:
+        UserError: If there is no inverter in it, or its configuration names what is not this package's.
+    """
+    if "featinv" not in tree:
+        raise UserError(f"{path} is a checkpoint of another kind (no inverter in it).")
+    refuse_foreign(tree["featinv"]["config"], str(path))
+    return tree["featinv"]
 
 
 def load_inverter(name_or_path: str | Path) -> Inverter:

@@ -25,6 +25,7 @@ from featinv.diffusion.half import saved_bytes
 from featinv.diffusion.lift import training_backbone, training_first_stage
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
+from featinv.files import first_line
 from featinv.inverters.build import build_inverter
 from featinv.training.cache import cache_bytes
 from featinv.training.costs import BYTES_TRAINED, StepCost, matmul_peak, step_cost
@@ -94,7 +95,7 @@ def _mismatch(what: str) -> Iterator[None]:
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{what}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def _named(node: DictConfig) -> str:

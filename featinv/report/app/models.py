@@ -22,7 +22,14 @@ from featinv.data.scenes import render_scenes
 from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter
-from featinv.inverters.build import INVERTER_FILE, build_inverter, bundled_inverters, find_inverter, load_trained
+from featinv.inverters.build import (
+    INVERTER_FILE,
+    build_inverter,
+    bundled_inverters,
+    description,
+    find_inverter,
+    load_trained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -203,10 +210,8 @@ class Models:
 
 
 def _describe(name: str) -> _Entry:
-    tree = read_header(find_inverter(name))
-    if "featinv" not in tree:
-        raise UserError(f"{name} is a checkpoint of another kind (no inverter in it).")
-    config, spec = tree["featinv"]["config"], tree["featinv"]["spec"]
+    described = description(read_header(find_inverter(name)), name)
+    config, spec = described["config"], described["spec"]
     prior = config.get("prior")
     node = config["backbone"]
     return _Entry(name, backbone_label(node), node, spec["layer"], None if prior is None else str(prior))
