@@ -77,6 +77,10 @@ def set_sampling(inverter: Any, config: DictConfig) -> None:
     own = inverter.guidance if isinstance(getattr(inverter, "guidance", None), ClassifierFreeGuidance) else None
     names = ("scale", "drop", "interval")
     changed = {name: config[f"guidance_{name}"] for name in names if config[f"guidance_{name}"] is not None}
+    if changed and not hasattr(inverter, "guidance"):
+        raise UserError(f"{type(inverter).__name__} has no guidance.")
+    if changed and own is None and "scale" not in changed:
+        raise UserError(f"{config.inverter} is not guided; set guidance_scale, too.")
     if changed:
         kept = {name: getattr(own, name) for name in names} if own else {}
         guidance = ClassifierFreeGuidance(**{**kept, **changed})

@@ -1,6 +1,6 @@
 """Measure the applications on rendered scenes, whose truth is known: applications.json and applications.html.
 
-python -m eval.applications inverter=runs/scenes64
+python -m eval.applications inverter=scenes64/efficientnet_lite0_early
 python -m eval.applications inverter=runs/scenes64 pooled=runs/scenes64_pooled parts=[composites]
 python -m eval.applications inverter=runs/scenes64 parts=[steering] factor=shape n=200 out=runs/steering
 """

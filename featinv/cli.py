@@ -46,7 +46,8 @@ def parse_command_line(
     given = {word for word in words if word.startswith("-")}
     words = [word for word in words if word not in given]
     for flag in given - {f"--{name}" for name in flags}:
-        raise UserError(f"unknown flag {flag}; there are {', '.join(f'--{name}' for name in flags)}.")
+        known = ", ".join(f"--{name}" for name in flags)
+        raise UserError(f"unknown flag {flag}; there are {known}, and values are set by key=value.")
     own = default.endswith(".yaml")  # a script's own file
     chosen = [] if own else [word.partition("=")[2] for word in words if word.startswith("experiment=")]
     words = [word for word in words if own or not word.startswith("experiment=")]

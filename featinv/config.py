@@ -19,9 +19,11 @@ CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
-    """Say which valid names are closest to a wrong one, or list them all."""
+    """Say which valid names are closest to a wrong one, or list them all, if they are few."""
     close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(valid))}."
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"valid: {', '.join(sorted(valid))}." if len(valid) <= 60 else f"none of {len(valid)} names is like it."
 
 
 def load_group(group: str, name: str) -> DictConfig:
@@ -120,7 +122,7 @@ def _override(config: DictConfig, key: str, value: str) -> None:
         raise UserError(f"cannot set {key}={value}: {error}") from error
 
 
-def differences(before: DictConfig, now: DictConfig) -> list[str]:
+def differences(before: Mapping[Any, Any] | DictConfig, now: Mapping[Any, Any] | DictConfig) -> list[str]:
     """Leaves in which two configurations differ, as "key: before -> now"; a key that is null may be left out."""
     missing = "(absent)"
     leaves = _leaves(before), _leaves(now)
@@ -134,12 +136,12 @@ def all_keys(config: DictConfig) -> list[str]:
     return list(_leaves(config))
 
 
-def _leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+def _leaves(config: Mapping[Any, Any] | DictConfig, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value; a key may have dots itself, as a layer's name has: `OmegaConf.select` cannot read it."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         name = prefix + str(key)
-        leaves |= _leaves(value, f"{name}.") if isinstance(value, DictConfig) else {name: value}
+        leaves |= _leaves(value, f"{name}.") if isinstance(value, Mapping | DictConfig) else {name: value}
     return leaves
 
 

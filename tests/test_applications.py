@@ -2,6 +2,7 @@ import pytest
 import torch
 from cells import SIZE, Cells, Mosaic, Noisy, Pooled
 
+from featinv.applications import measure
 from featinv.applications.batches import decode, encode
 from featinv.applications.composites import (
     covered,
@@ -24,6 +25,7 @@ from featinv.applications.posterior import (
     sample_cosines,
 )
 from featinv.applications.refine import refine
+from featinv.applications.scene_reader import scene_set
 from featinv.applications.subset import SubsetInverter, concepts_only, concepts_without, invert_subset
 from featinv.conditioning.masking import masked, mean_feature
 from featinv.data.scene_factors import FACTOR_INDEX
@@ -282,3 +284,19 @@ def test_batches_can_be_watched_and_cancelled() -> None:
     with pytest.raises(UserError, match="as many seeds"):
         decode(Mosaic(), torch.rand(5, 3, 8, 8), [1])
     assert encode(Cells(), torch.rand(5, 3, SIZE, SIZE), batch_size=2).shape == (5, 3, 8, 8)
+
+
+@pytest.mark.parametrize("part", ["composites", "posterior"])
+def test_one_scene_is_too_few_to_measure_on(part) -> None:
+    scenes = scene_set(5, 1, SIZE)
+    measured = {
+        "composites": lambda: measure.measure_composites({"spatial": Mosaic()}, Cells(), scenes),
+        "posterior": lambda: measure.measure_posterior(Noisy(), Cells(), scenes),
+    }
+    with pytest.raises(UserError, match="at least 2 scenes, not 1"):
+        measured[part]()
+
+
+def test_no_image_calibrates_nothing() -> None:
+    with pytest.raises(UserError, match="0 images cannot calibrate 90% intervals; take at least 9"):
+        risk_factor(torch.zeros(0, 5), 0.9)

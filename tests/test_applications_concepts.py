@@ -76,6 +76,9 @@ def test_factors_are_those_that_were_planted() -> None:
     assert concepts[0].evidence["explained"] > 0.99
     with pytest.raises(UserError, match="negative values"):
         nmf_concepts(features - 1, 3)
+    for few, count in ((features, 0), (features, 13), (features[:1, :, :1], 3)):
+        with pytest.raises(UserError, match="number of concepts must be 1 to"):
+            nmf_concepts(few, count)
 
 
 def test_subspaces_are_those_that_were_planted() -> None:
@@ -88,6 +91,10 @@ def test_subspaces_are_those_that_were_planted() -> None:
     overlap = torch.stack([torch.stack([(c.basis @ p.T).square().sum() / 2 for p in planes]) for c in concepts])
     assert torch.allclose(overlap.sort(dim=1).values, torch.tensor([[0.0, 1.0]] * 2), atol=1e-3)
     assert completeness(concepts, features) == pytest.approx(1, abs=1e-4)
+    gone = concepts[0].move(features, -1)
+    assert concepts[0].score(gone).max() < 1e-5 and torch.equal(concepts[0].move(features, -3), gone)
+    with pytest.raises(UserError, match="number of subspaces"):
+        subspace_concepts(features, 0)
     assert completeness(concepts[:1], features) < 0.8
     gone = concepts[0].move(features, -1.0)
     assert concepts[0].score(gone).abs().max() < 1e-4

@@ -2,11 +2,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cells import SIZE, Cells, Mosaic, Noisy, Pooled
 
 from featinv.applications import measure
 from featinv.applications.lookup import Examples, find_concept
-from featinv.applications.scene_reader import SceneReader, object_crops, scene_set, with_reconstructions
+from featinv.applications.scene_reader import SceneReader, SceneSet, object_crops, scene_set, with_reconstructions
+from featinv.data.scene_factors import FACTOR_INDEX
 from featinv.data.scenes import render_scenes
 from featinv.errors import UserError
 from featinv.image import load_png, save_png
@@ -64,14 +66,25 @@ def test_a_picture_of_ones_own_is_taken_and_mistakes_are_told(command, capsys) -
         (("mix", "--scene", "5:3"), "--other"),
         (("ster", "--scene", "5:3"), "steer"),
         (("subset", "--scene", "5:3", "--positions", "object9"), "object0 to object3"),
+        (("subset", "--scene", "5:0", "--n", "30", "--positions", "object3"), "covers no position"),
+        (("posterior", "--scene", "5:3", "--n", "0"), "--n must be at least 1"),
     ):
         with pytest.raises(SystemExit) as error:
             command(*words)
         assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_steering_by_a_subspace_ends_where_it_is_gone_and_its_numbers_are_json(command) -> None:
+    words = "steer --scene 5:3 --n 2 --concept subspace:0 --count 2 --examples 20 --strengths -4 -2 -1 1"
+    numbers = command(*words.split())
+    assert {"-1", "+0", "+1"} <= set(numbers) and "-2" not in numbers and numbers["+0"]["moved"] == [None, None]
+    assert max(numbers["-1"]["asked"]) < 1e-6 and len(numbers["+1"]["classes"]) == 2
+    page = (command.folder / "report.html").read_text()
+    assert "NaN" not in page and "nan %" not in page and "2 of 2 on the manifold" in page
+
+
 def test_concepts_are_found_by_their_words() -> None:
-    images, factors, _ = render_scenes(2, range(60), SIZE)
+    images, factors, masks = render_scenes(2, range(60), SIZE)
     examples, backbone = Examples(images, factors), Cells()
     night = find_concept("mean:sky=night", backbone, examples)
     assert night.direction.sum() < 0  # darker
@@ -79,11 +92,18 @@ def test_concepts_are_found_by_their_words() -> None:
     few = Examples(images[:3])
     assert find_concept("subspace:1", backbone, few, count=2).name == "subspace 1"
     assert find_concept("mean:class=2", backbone, examples).name == "class=2"
+    red, colour = "mean:object0_colour=red", FACTOR_INDEX["object0_colour"]
+    over_objects = find_concept(red, backbone, Examples(images, factors, masks))
+    scenes = SceneSet(images, factors, masks[:, :1])
+    (wanted,) = (c for c in measure.object_concepts(backbone, scenes, "colour") if c.name == "red")
+    assert torch.allclose(over_objects.direction, wanted.direction) and over_objects.evidence == wanted.evidence
+    whole = find_concept(red, backbone, examples).direction
+    assert F.cosine_similarity(over_objects.direction, whole, dim=0) < 0.99 and (factors[:, colour] >= 0).all()
     for word, message in (
         ("mean:sky=nigt", "did you mean night"),
         ("mean:skye=night", "did you mean sky"),
         ("nmf:9", "0 to 2"),
-        ("text:a dog", "text tower|OpenCLIP"),
+        ("text:a dog", "OpenCLIP"),
     ):
         with pytest.raises(UserError, match=message):
             find_concept(word, backbone, examples, count=3)

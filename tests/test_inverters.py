@@ -1,15 +1,24 @@
+import inspect
 import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from featinv.applications.matching import MATCHING, matched
 from featinv.backbones import load_backbone
+from featinv.conditioning.encoders import SpatialEncoder
 from featinv.data.scenes import ScenesDataset
+from featinv.diffusion.guidance import ClassifierFreeGuidance
 from featinv.errors import UserError
+from featinv.inverters.described import describe
+from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.optimisation import OptimizationInverter
 from featinv.inverters.reconstruct import reconstruct, sample_seed
-from featinv.inverters.regularisers import total_variation
+from featinv.inverters.regularisers import Regulariser, total_variation
+from featinv.inverters.retrieval import RetrievalInverter
+from featinv.inverters.upconv import UpconvInverter
 from featinv.training.batches import StepBatches
 from featinv.training.cache import build_cache
 from featinv.training.ema import EMA
@@ -73,8 +82,47 @@ def test_interrupted_reconstruction_finishes_without_repeating(tmp_path) -> None
         for image, item in zip(result.samples(k), items, strict=True):
             assert float(image[0, 0, 0]) == pytest.approx((sample_seed(3, item["id"], k) % 256) / 255, abs=1e-3)
     assert torch.allclose(result.originals()[2], items[2]["image"], atol=2e-3)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match=r"other settings \(seed: 3 -> 4\)"):
         reconstruct(second, backbone, items, tmp_path, **(settings | {"seed": 4}))
+    with pytest.raises(UserError, match="other pictures"):
+        reconstruct(second, backbone, [items[0] | {"image": items[1]["image"]}, *items[1:]], tmp_path, **settings)
+    with pytest.raises(UserError, match=r"features_of.layer: final -> layer1"):
+        reconstruct(second, backbone.at("layer1"), items, tmp_path, **settings)
+
+
+def test_a_description_changes_with_whatever_changes_the_pictures(prior, backbone) -> None:
+    def drawn_by() -> DiffusionInverter:
+        torch.manual_seed(0)
+        encoder = SpatialEncoder(backbone.spec, prior.latent_shape, prior.unet.config.block_out_channels[0], 8, 8)
+        return DiffusionInverter(prior, encoder, num_inference_steps=3)
+
+    inverter = drawn_by()
+    assert describe(inverter) == describe(drawn_by()) == json.loads(json.dumps(describe(inverter)))
+    seen = [describe(inverter)]
+    with torch.no_grad():
+        next(iter(inverter.branch.parameters())).add_(0.1)
+    seen.append(describe(inverter))
+    inverter.num_inference_steps = 4
+    seen.append(describe(inverter))
+    inverter.guidance = ClassifierFreeGuidance(2.0)
+    seen.append(describe(inverter))
+    seen += [describe(matched(inverter, backbone, kinds)) for kinds in (("corrected",), ("refined",), ("guided",))]
+    seen.append(describe(matched(inverter, backbone, ("refined",), {"refined": {"steps": 3}})))
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DiffusionInverter, OptimizationInverter, RetrievalInverter, UpconvInverter, Regulariser, *MATCHING.values()],
+    ids=lambda kind: kind.__name__,
+)
+def test_what_draws_keeps_its_arguments_under_their_names(kind: type) -> None:
+    """Else `describe` would not see them; what is held in another object or in the weights is left out."""
+    source = inspect.getsource(kind.__init__)
+    elsewhere = {"snr_gamma", "gated", "components", "width", "prior", "backbone"}
+    elsewhere |= {"tv_weight", "tv_beta", "l2_weight"} if kind is OptimizationInverter else set()
+    for name in set(inspect.signature(kind).parameters) - elsewhere:
+        assert re.search(rf"self\.{name}\b", source), name
 
 
 def test_step_batches_resume_where_they_stopped_and_cover_every_row() -> None:

@@ -13,6 +13,7 @@ from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.lift import FeatureLift, training_backbone
 from featinv.errors import UserError
 from featinv.inverters.build import about, build_inverter, load_inverter
+from featinv.report.app.watching import Watched
 from featinv.training.consistency import SampleConsistency
 from featinv.training.module import InversionModule
 from featinv.training.rows import prepare, training_rows
@@ -182,6 +183,14 @@ def test_an_inverter_with_a_lift_trains_and_saves_the_lift_alone(tmp_path, lifte
     fresh.training_losses(images, backbone.at("layer3")(images), seeds=[1, 2])["loss"].backward()
     trained = {name for name, p in fresh.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained and all(name.startswith("lift.") for name in trained)
+
+
+def test_every_step_of_a_lift_is_told_too(lifted, backbone) -> None:
+    inverter, told = build_inverter(lifted, backbone.spec, backbone).eval(), []
+    watched = Watched(inverter, lambda done, total: told.append((done, total)))
+    images = watched.invert(backbone(torch.rand(1, 3, 32, 32)), seeds=[1])
+    steps = inverter.lift.num_inference_steps + inverter.num_inference_steps
+    assert told == [(k, steps) for k in range(1, steps + 1)] and images.isfinite().all()
 
 
 def test_what_a_lift_has_drawn_is_corrected_towards_the_last_map(lifted, backbone) -> None:

@@ -1,10 +1,12 @@
 """One application of feature inversion on one picture: PNGs, a JSON of numbers and report.html.
 
-python -m tools.apply posterior --inverter runs/scenes64 --scene 5:3 --samples 8
-python -m tools.apply steer --inverter runs/scenes64 --scene 5:3 --concept mean:object0_colour=red --positions object0
-python -m tools.apply paste --inverter runs/scenes64 --image a.jpg --other b.jpg --region .2 .3 .6 .9
-python -m tools.apply refine --inverter runs/scenes64 --image a.jpg --tolerance 0.9
-python -m tools.apply subset --inverter runs/scenes64 --scene 5:3 --region 0 0 .5 1 --top 200
+NAME is a run's folder or a bundled inverter, such as scenes64/efficientnet_lite0_early.
+
+python -m tools.apply posterior --inverter NAME --scene 5:3 --samples 8
+python -m tools.apply steer --inverter NAME --scene 5:3 --concept mean:object0_colour=red --positions object0
+python -m tools.apply paste --inverter NAME --image a.jpg --other b.jpg --region .2 .3 .6 .9
+python -m tools.apply refine --inverter NAME --image a.jpg --tolerance 0.9
+python -m tools.apply subset --inverter NAME --scene 5:3 --region 0 0 .5 1 --top 200
 python -m tools.apply layers --inverter optimisation --backbone efficientnet_lite0 --scene 5:3 --n 8
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from featinv.applications import composites
 from featinv.applications.batches import decode, device_of, encode
+from featinv.applications.concepts import Subspace
 from featinv.applications.discovery import completeness, nmf_concepts, subspace_concepts
 from featinv.applications.layers import layer_curve, leak_report
 from featinv.applications.matching import FeatureGuidedInverter
@@ -54,27 +58,32 @@ def _heat(maps: Tensor) -> Tensor:
 
 
 def _steer(task: Task) -> Result:
+    strengths = task.options.strengths
+    if isinstance(task.concept, Subspace):  # cannot be lowered further than away
+        strengths = [max(strength, -1.0) for strength in strengths]
     strip = steer_strip(
         task.inverter,
         task.backbone,
         task.features,
         task.concept,
-        task.options.strengths,
+        strengths,
         task.seeds,
         task.positions(),
         progress=bar("steering"),
     )
     rows = {"original": task.images} | {
-        f"{s:+g}: {strip.verdict(k, 0)}": strip.images[k] for k, s in enumerate(strip.strengths)
+        f"{s:+g}: {strip.summary(k)}": strip.images[k] for k, s in enumerate(strip.strengths)
     }
     numbers: dict[str, Any] = {"concept": task.concept.name, "evidence": getattr(task.concept, "evidence", {})}
     for k, strength in enumerate(strip.strengths):
         found = {
             name: getattr(strip, name)[k].tolist() for name in ("asked", "found", "cosine", "moved", "on_manifold")
         }
+        found["moved"] = [share if math.isfinite(share) else None for share in found["moved"]]  # JSON has no NaN
         if strip.probabilities is not None:
-            best = strip.probabilities[k, 0].topk(min(3, strip.probabilities.shape[-1]))
-            found["classes"] = dict(zip(map(str, best.indices.tolist()), best.values.tolist(), strict=True))
+            best = strip.probabilities[k].topk(min(3, strip.probabilities.shape[-1]))
+            rows_of = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found["classes"] = [dict(zip(map(str, kinds), chances, strict=True)) for kinds, chances in rows_of]
         numbers[f"{strength:+g}"] = found
     return rows, numbers
 

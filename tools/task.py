@@ -31,6 +31,9 @@ class Task:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
+        for word in ("n", "examples", "count", "samples"):
+            if getattr(options, word) < 1:
+                raise UserError(f"--{word} must be at least 1, not {getattr(options, word)}.")
         name = options.inverter
         self.trained: Trained | None = None if name == "optimisation" else load_trained(name)
         self.backbone = self._backbone()
@@ -45,6 +48,8 @@ class Task:
         if o.backbone is None:
             if self.trained is None:
                 raise UserError("name a --backbone; only a trained inverter knows its own.")
+            if o.layer is not None or o.input_size is not None:
+                raise UserError("--layer and --input-size go with --backbone; a trained inverter has its own.")
             backbone = self.trained.load_backbone()
         else:
             size = {} if o.input_size is None else {"input_size": o.input_size}
@@ -104,8 +109,7 @@ class Task:
         count, size = self.options.examples, self.inverter.size
         if self.options.folder is not None:
             return Examples(self._pictures(self.options.folder, None, count)[0])
-        images, factors, _ = render_scenes(2, range(count), size)
-        return Examples(images, factors)
+        return Examples(*render_scenes(2, range(count), size))
 
     @cached_property
     def concept(self) -> Concept:
@@ -132,7 +136,12 @@ class Task:
         if masks is None or not number.isdigit() or int(number) >= masks.shape[1]:
             raise UserError("--positions is object0 to object3, of scenes alone; for pictures give --region.")
         grid = (self.features.shape[2], self.features.shape[3])
-        return composites.covered(masks[:, int(number), None], grid)
+        where = composites.covered(masks[:, int(number), None], grid)
+        if not where.flatten(1).any(1).all():
+            raise UserError(
+                f"{word} covers no position in {'this scene' if len(where) == 1 else 'one of these scenes'}."
+            )
+        return where
 
     def decode(self, features: Tensor) -> Tensor:
         """Pictures of feature maps with the task's seeds."""

@@ -101,6 +101,12 @@ def covered(mask: Tensor, grid: tuple[int, int], share: float = 0.1) -> Tensor:
     return F.adaptive_avg_pool2d(mask.float(), grid) > share
 
 
+def mean_over(features: Tensor, where: Tensor) -> Tensor:
+    """Mean of features (N, C, H, W) over the positions that `where` (N, 1, H, W) marks, (N, C, 1, 1); 0 over none."""
+    weights = where.to(features)
+    return (features * weights).sum((2, 3), keepdim=True) / weights.sum((2, 3), keepdim=True).clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Whether a pasted object is seen at its place, each figure (N,) in [0, 1], NaN where it is not defined.

@@ -101,8 +101,8 @@ class Subspace:
         return self.component(features).norm(dim=1) / self.scale
 
     def move(self, features: Tensor, strength: float) -> Tensor:
-        """Features (N, C, H, W) with 1 + `strength` times that part: -1 removes it, 1 doubles it."""
-        return features + strength * self.component(features)
+        """Features (N, C, H, W) with 1 + `strength` times that part: 1 doubles it, -1 removes it, less cannot be."""
+        return features + max(strength, -1.0) * self.component(features)
 
 
 def image_score(concept: Concept, features: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -31,15 +31,15 @@ def nmf_concepts(features: Tensor, count: int, limit: int = 4000, seed: int = 0)
         "explained" the share of energy that all factors reproduce.
 
     Raises:
-        UserError: If the layer has negative values, or count is not in [1, C].
+        UserError: If the layer has negative values, or count is not in [1, C], or there are fewer vectors.
     """
     from sklearn.decomposition import NMF
 
-    if not 1 <= count <= features.shape[1]:
-        raise UserError(f"the number of concepts must be 1 to {features.shape[1]}, not {count}.")
     if float(features.min()) < 0:
         raise UserError("this layer has negative values, which NMF cannot factorise; use subspaces instead.")
     columns = columns_of(features, limit, seed).numpy()
+    if not 1 <= count <= min(columns.shape):
+        raise UserError(f"the number of concepts must be 1 to {min(columns.shape)}, not {count}.")
     model = NMF(count, init="nndsvda", random_state=seed, max_iter=500, tol=1e-3)
     weights = model.fit_transform(columns)
     explained = 1 - float(np.square(columns - weights @ model.components_).sum() / np.square(columns).sum())
@@ -87,10 +87,12 @@ def subspace_concepts(
         of its energy that the basis holds.
 
     Raises:
-        UserError: If there are too few vectors.
+        UserError: If there are too few vectors, or no subspaces are asked for.
     """
     columns = columns_of(features, limit, seed)
     columns = columns[columns.norm(dim=1) > 0]
+    if count < 1:
+        raise UserError(f"the number of subspaces must be 1 or more, not {count}.")
     if len(columns) < 2 * count:
         raise UserError(f"{len(columns)} feature vectors are too few for {count} subspaces; give more images.")
     groups = _cluster(_links(F.normalize(columns, dim=1).double().numpy()), count, seed)

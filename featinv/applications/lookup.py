@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from featinv.applications.batches import encode, probabilities
+from featinv.applications.composites import covered, mean_over
 from featinv.applications.concepts import Concept, class_means, linear_probe
 from featinv.applications.discovery import encode_texts, nmf_concepts, subspace_concepts, text_directions
 from featinv.backbones.base import Backbone
@@ -26,10 +28,12 @@ class Examples:
     Attributes:
         images: (N, 3, H, W) in [0, 1].
         factors: (N, F) by the columns of `FACTORS` where they are scenes, else None.
+        masks: (N, K, H, W) of the scenes' objects, largest first.
     """
 
     images: Tensor
     factors: Tensor | None = None
+    masks: Tensor | None = None
 
 
 def find_concept(
@@ -43,8 +47,9 @@ def find_concept(
     """Find the concept that a word names.
 
     Args:
-        word: "mean:FACTOR=CLASS" and "probe:FACTOR=CLASS" (a class mean and a linear probe; FACTOR of scenes, or
-            "class" for the backbone's own predicted class index), "nmf:K" and "subspace:K" (the K-th of `count`), or
+        word: "mean:FACTOR=CLASS" and "probe:FACTOR=CLASS" (a class mean, of an object's factor over the positions that
+            the object covers, and a linear probe; FACTOR of scenes, or "class" for the backbone's own predicted class
+            index), "nmf:K" and "subspace:K" (the K-th of `count`), or
             "text:PROMPT" (OpenCLIP).
         backbone: Of whose features.
         examples: Pictures to find it in.
@@ -61,6 +66,8 @@ def find_concept(
             f"a concept is KIND:NAME, as in mean:object0_colour=red, not {word!r}; kinds: {', '.join(KINDS)}."
         )
     if kind == "text":
+        if not hasattr(backbone, "embed"):
+            raise UserError("text:PROMPT needs an OpenCLIP backbone, whose text tower shares its space.")
         texts = encode_texts(getattr(backbone, "name", ""), [rest, "a picture"], text_weights)
         return text_directions(backbone, examples.images, [rest], texts[:1], texts[1])[0]
     features = encode(backbone, examples.images)
@@ -69,6 +76,10 @@ def find_concept(
     present = _present(rest, backbone, examples)
     if kind == "probe":
         return linear_probe(rest, features, present, seed=seed)
+    if examples.masks is not None and (number := re.match(r"object(\d)_", rest)):
+        where = covered(examples.masks[:, int(number[1]), None], (features.shape[2], features.shape[3]))
+        seen = where.flatten(1).any(1)
+        features, present = mean_over(features, where)[seen], present[seen]
     found = class_means(features, present.long() - 1, [rest])
     if not found:
         raise UserError(f"{rest} is in none or in all of the {len(features)} pictures; give more or other ones.")

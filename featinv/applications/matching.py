@@ -91,7 +91,7 @@ class RefinedInverter:
     Args:
         inverter: Draws.
         backbone: Whose features are matched.
-        first_stage: Its latents are moved; None takes that of the inverter's own prior, or moves pixels.
+        first_stage: Whose latents are moved where the inverter has no prior of its own; None then moves pixels.
         steps: At most.
         learning_rate: Adam's, as in `refine`.
         tolerance: Feature cosine at which a picture is left as it is. About what the first stage's round trip of an

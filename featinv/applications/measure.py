@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featinv.applications.batches import decode, encode, seeds_of
-from featinv.applications.composites import covered, placement, replace
+from featinv.applications.composites import covered, mean_over, placement, replace
 from featinv.applications.concepts import Direction, class_means
 from featinv.applications.matching import FeatureGuidedInverter
 from featinv.applications.posterior import calibrate, draw_samples, pixel_map, sample_cosines
@@ -38,10 +38,14 @@ class Measured:
 def object_concepts(backbone: Backbone, scenes: SceneSet, factor: str) -> list[Direction]:
     """Class means of an object factor over the positions that the largest object covers."""
     features = encode(backbone, scenes.images)
-    where = covered(scenes.masks, (features.shape[2], features.shape[3])).float()
-    inside = (features * where).sum((2, 3), keepdim=True) / where.sum((2, 3), keepdim=True).clamp(min=1)
+    inside = mean_over(features, covered(scenes.masks, (features.shape[2], features.shape[3])))
     column = FACTOR_INDEX[f"object0_{factor}"]
     return class_means(inside, scenes.factors[:, column].long(), FACTORS[column].classes)
+
+
+def _check_count(scenes: SceneSet, fewest: int, what: str) -> None:
+    if len(scenes.images) < fewest:
+        raise UserError(f"{what} is measured on at least {fewest} scenes, not {len(scenes.images)}.")
 
 
 def measure_steering(
@@ -63,8 +67,7 @@ def measure_steering(
     Raises:
         UserError: If there are fewer than four scenes.
     """
-    if len(scenes.images) < 4:
-        raise UserError(f"steering is measured on at least 4 scenes, not {len(scenes.images)}.")
+    _check_count(scenes, 4, "steering")
     name = f"object0_{factor}"
     own, classes = scenes.factors[:, FACTOR_INDEX[name]], FACTORS[FACTOR_INDEX[name]].classes
     wanted = torch.tensor([(int(c) + 1 + i % (len(classes) - 1)) % len(classes) for i, c in enumerate(own)])
@@ -119,7 +122,12 @@ def _steering_test(reader: SceneReader, read: Tensor, wanted: Tensor, name: str)
 
 
 def measure_composites(inverters: dict[str, Inverter], backbone: Backbone, scenes: SceneSet, seed: int = 0) -> Measured:
-    """Paste the largest object of one scene into another, decode, judge by its mask; the same for all inverters."""
+    """Paste the largest object of one scene into another, decode, judge by its mask; the same for all inverters.
+
+    Raises:
+        UserError: If there are fewer than two scenes.
+    """
+    _check_count(scenes, 2, "pasting")
     half = len(scenes.images) // 2
     target, source = scenes[slice(0, half)], scenes[slice(half, 2 * half)]
     features = encode(backbone, target.images)
@@ -143,7 +151,11 @@ def measure_posterior(
 
     "knows" is the rank correlation, over the pixels of an image, of the deviation map with the error of the mean
     sample: whether the map says where the picture is wrong.
+
+    Raises:
+        UserError: If there are fewer than two scenes, or too few for the level.
     """
+    _check_count(scenes, 2, "the posterior")
     features, half = encode(backbone, scenes.images), len(scenes.images) // 2
     drawn = draw_samples(inverter, features, samples, seed=seed)
     intervals = calibrate(scenes.images[:half], drawn[:half], level)

@@ -73,11 +73,22 @@ class Strip:
         if strength == self.origin:
             return "as it was"
         cosine, start = float(self.cosine[strength, row]), float(self.cosine[self.origin, row])
-        moved = float(self.moved[strength, row])
         place = "on the manifold" if self.on_manifold[strength, row] else "has left the manifold"
-        return (
-            f"{place} (cosine {cosine:.2f}, unsteered {start:.2f}); concept moved by {100 * moved:.0f} % of the request"
-        )
+        return f"{place} (cosine {cosine:.2f}, unsteered {start:.2f}){_request(self.moved[strength, row])}"
+
+    def summary(self, strength: int) -> str:
+        """The same about all N pictures."""
+        count = self.images.shape[1]
+        if count == 1 or strength == self.origin:
+            return self.verdict(strength, 0)
+        moved = self.moved[strength]
+        median = moved[moved.isfinite()].median() if moved.isfinite().any() else moved[0]
+        return f"{int(self.on_manifold[strength].sum())} of {count} on the manifold{_request(median, ' (median)')}"
+
+
+def _request(moved: Tensor, kind: str = "") -> str:
+    """How far a concept moved (); nothing where nothing was asked for."""
+    return f"; concept moved by {100 * float(moved):.0f} % of the request{kind}" if moved.isfinite() else ""
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -143,8 +143,13 @@ class FeatureLift(nn.Module):
         return self.unet(torch.cat([noisy, condition], 1), 1000 * level).sample.float()
 
     @torch.no_grad()
-    def forward(self, features: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Last maps (N, C', H', W') and N seeds -> earlier maps (N, C, H, W), row i from features[i] and seeds[i]."""
+    def forward(
+        self, features: Tensor, seeds: Sequence[int], callback: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """Last maps (N, C', H', W') and N seeds -> earlier maps (N, C, H, W), row i from features[i] and seeds[i].
+
+        Called as callback(step, noisy) after every Euler step, if there is one.
+        """
         condition, _ = self.condition(features)
         steps, shape = self.num_inference_steps, (self.spec.channels, self.spec.height, self.spec.width)
         # Other numbers than the latents begin with: for the start, and for all steps but the last.
@@ -155,6 +160,8 @@ class FeatureLift(nn.Module):
             velocity = self._velocity(noisy, noisy.new_full((len(noisy),), level), condition)
             clean = self._climbed(noisy - level * velocity, features)
             noisy = clean if step == 1 else self._renoised(noisy, clean, level, after, fresh.pop())
+            if callback is not None:
+                callback(steps - step, noisy)
         return noisy * self.std + self.mean
 
     def _climbed(self, clean: Tensor, features: Tensor) -> Tensor:

@@ -129,17 +129,20 @@ class DiffusionInverter(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in given)
 
-    def lifted(self, features: Tensor, seeds: Sequence[int]) -> Tensor:
+    def lifted(
+        self, features: Tensor, seeds: Sequence[int], callback: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """What the encoder is told (N, C, H, W): the features, or what a lift draws from them.
 
         Args:
             features: (N, C', H', W').
             seeds: N seeds of what the lift draws.
+            callback: Called as callback(step, maps) after each of a lift's steps.
         """
         if self.lift is None:
             return features
         with half_arithmetic(features.device, self.unet.halved):
-            return self.lift(features, seeds)
+            return self.lift(features, seeds, callback)
 
     def conditions(self, told: Tensor) -> Conditions:
         """Embed maps (N, C, H, W) from `lifted` once per image."""
@@ -172,7 +175,8 @@ class DiffusionInverter(nn.Module):
             features: (N, C, H, W) from the backbone this inverter was trained for.
             seeds: N seeds; image i depends on features[i] and seeds[i] alone.
             told: As of `draw`.
-            callback: Called as callback(step, latents) after every sampling step.
+            callback: Called as callback(step, latents) after every sampling step, and before them as
+                callback(step, maps) after each of a lift's.
 
         Returns:
             Images (N, 3, H, W) in [0, 1].
@@ -199,11 +203,12 @@ class DiffusionInverter(nn.Module):
             told: What the encoder is told in place of `lifted(features, seeds)`, (N, C, H, W) of its own layer.
             num_inference_steps: Sampling steps; None takes the inverter's own.
             grad_steps: How many of the last steps keep their gradient, for training on what is drawn.
-            callback: Called as callback(step, latents) after every sampling step.
+            callback: Called as callback(step, latents) after every sampling step, and before them as
+                callback(step, maps) after each of a lift's.
         """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
-        conditions = self.conditions(self.lifted(features, seeds) if told is None else told)
+        conditions = self.conditions(self.lifted(features, seeds, callback) if told is None else told)
         noise = seeded_noise(seeds, self.prior.latent_shape).to(features)
 
         def denoise(noisy_latents: Tensor, timestep: Tensor) -> Tensor:

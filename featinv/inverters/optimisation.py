@@ -83,7 +83,7 @@ class OptimizationInverter:
             raise UserError("the latent parametrisation needs a prior, whose first stage decodes the latents.")
         self.backbone, self.size, self.steps, self.learning_rate = backbone, size, steps, learning_rate
         self.regulariser = regulariser or Regulariser(tv_weight, tv_beta, l2_weight=l2_weight)
-        self.kind, self.optimizer, self.start, self.batch_size = parametrisation, optimizer, start, batch_size
+        self.parametrisation, self.optimizer, self.start, self.batch_size = parametrisation, optimizer, start, batch_size
         self.jitter, self.scale = jitter, scale
         loaded = load_prior(prior) if isinstance(prior, str) else prior
         self._first_stage = loaded.first_stage if loaded is not None and parametrisation == "latent" else None
@@ -111,6 +111,8 @@ class OptimizationInverter:
         """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
+        if self._first_stage is not None:
+            self._first_stage.to(features.device)
         begin = self._start(seeds, start).to(features)
         weights = None if mask is None else mask.to(features).expand_as(features)
         step = 1 if self.optimizer == "lbfgs" else self.batch_size
@@ -136,7 +138,7 @@ class OptimizationInverter:
         return (difference.square().flatten(1).sum(1) / energy + self.regulariser(images)).sum()
 
     def _descend(self, features: Tensor, start: Tensor, mask: Tensor | None, callback: Progress | None) -> Tensor:
-        free = parametrise(self.kind, start, self._first_stage)
+        free = parametrise(self.parametrisation, start, self._first_stage)
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adam":
             optimizer = torch.optim.Adam([free.tensor], lr=self.learning_rate)

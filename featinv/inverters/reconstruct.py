@@ -17,14 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featinv.backbones.base import Backbone
+from featinv.config import differences
 from featinv.data.listing import identity
 from featinv.errors import UserError
 from featinv.files import read_json, run_lock, write_json
 from featinv.image import load_png, resize, save_png
 from featinv.inverters.base import Inverter
+from featinv.inverters.described import describe
 from featinv.processes import first_does, own_share, process_rank, wait_for_all
 
 log = logging.getLogger(__name__)
+
+_COMPARED = 16  # originals that are read again on resuming, to see that they are still the same
 
 
 def sample_seed(seed: int, image_id: str, sample: int) -> int:
@@ -98,6 +102,11 @@ def is_whole(path: Path, size: int | None = None) -> bool:
     return size is None or tuple(shape[1:]) == (size, size)
 
 
+def is_stored(image: Tensor, stored: Tensor) -> bool:
+    """Whether a picture is the stored one, up to 8 bits and what another machine computes (an attack) otherwise."""
+    return image.shape == stored.shape and float((image - stored).abs().mean()) < 0.03
+
+
 def _plan(image_id: str, label: int, samples: int, seed: int, original: str) -> dict[str, Any]:
     drawn = [{"file": f"samples/{image_id}_{k}.png", "seed": sample_seed(seed, image_id, k)} for k in range(samples)]
     return {"id": image_id, "label": label, "original": f"{original}/{image_id}.png", "samples": drawn}
@@ -110,15 +119,23 @@ def _prepare(
     path = folder / "manifest.json"
     manifest: dict[str, Any] = {"about": about, "seed": seed, "images": []}
     if path.is_file():
-        before = read_json(path)
-        if before["about"] != json.loads(json.dumps(about, default=str)) or before["seed"] != seed:
-            raise UserError(f"{folder} holds reconstructions with other settings; choose another folder.")
+        made, now = ({"seed": x["seed"], **x["about"]} for x in (read_json(path), json.loads(json.dumps(manifest))))
+        if changed := differences(made, now):
+            raise UserError(
+                f"{folder} holds reconstructions with other settings ({'; '.join(changed[:3])}); choose another folder "
+                "by out=FOLDER."
+            )
     where = "originals" if originals is None else os.path.relpath(originals, folder)
     for i in range(len(items)):
         entry = _plan(*identity(items, i), samples, seed, where)
         manifest["images"].append(entry)
-        if originals is None and not is_whole(folder / entry["original"], size):
-            save_png(folder / entry["original"], _at_size(items[i]["image"], size))
+        stored = folder / entry["original"]
+        if originals is not None:
+            continue
+        if not is_whole(stored, size):
+            save_png(stored, _at_size(items[i]["image"], size))
+        elif i < _COMPARED and not is_stored(_at_size(items[i]["image"], size), load_png(stored)):
+            raise UserError(f"{folder} holds other pictures of the same names; choose another folder by out=FOLDER.")
     write_json(path, manifest)
     return manifest
 
@@ -161,18 +178,19 @@ def reconstruct(
         seed: The seed of sample k of an image follows from (seed, id, k).
         size: Originals are stored at this side, which is the inverter's.
         batch_size: Reconstructions at a time; changes the speed, and the pictures by rounding only.
-        about: Written into the manifest (configuration, versions).
+        about: Written into the manifest (configuration, versions), beside what `describe` says of both networks.
         title: Of the progress bar.
         originals: A folder that holds them already, as ID.png; by default they are written into `folder`.
 
     Raises:
-        UserError: If the folder holds reconstructions with other settings, a picture is not finite, or the disk is
-            full.
+        UserError: If the folder holds reconstructions with other settings or of other pictures, a picture is not
+            finite, or the disk is full.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as held:
         first_does(lambda: held.enter_context(run_lock(folder)))
-        manifest = first_does(lambda: _prepare(items, folder, samples, seed, size, about or {}, originals))
+        about = {**(about or {}), "inverter": describe(inverter), "features_of": describe(backbone)}
+        manifest = first_does(lambda: _prepare(items, folder, samples, seed, size, about, originals))
         todo = first_does(lambda: _missing(manifest, folder, size))
         if len(todo) < samples * len(items):
             there = samples * len(items) - len(todo)

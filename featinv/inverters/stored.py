@@ -16,7 +16,7 @@ from featinv.data.listing import identity, knows_identities
 from featinv.errors import UserError
 from featinv.files import read_json, write_json
 from featinv.image import load_png, save_png
-from featinv.inverters.reconstruct import Items, is_whole
+from featinv.inverters.reconstruct import Items, is_stored, is_whole
 
 
 def store_items(items: Items, folder: str | Path) -> None:
@@ -35,18 +35,13 @@ def store_items(items: Items, folder: str | Path) -> None:
         if not is_whole(path):
             item = items[i] if item is None else item
             save_png(path, item["image"])
-        elif item is not None and not _is_stored(item["image"], load_png(path)):
+        elif item is not None and not is_stored(item["image"], load_png(path)):
             raise UserError(f"{folder} holds other pictures of the same names; choose another folder.")
         factors = None
         if item is not None and "factors" in item:
             factors = [None if math.isnan(f) else f for f in item["factors"].tolist()]
         listing.append({"id": image_id, "label": label, "factors": factors})
     write_json(folder / "items.json", listing)
-
-
-def _is_stored(image: Tensor, stored: Tensor) -> bool:
-    """Whether a picture is the stored one, up to 8 bits and what another machine computes (an attack) otherwise."""
-    return image.shape == stored.shape and float((image - stored).abs().mean()) < 0.03
 
 
 class StoredItems(Dataset[dict[str, Any]]):

@@ -69,14 +69,15 @@ class _Entry:
 
 
 def found_inverters(root: str | Path = "runs") -> list[str]:
-    """Bundled names, and folders of runs that hold an inverter."""
+    """Bundled names, those of scenes first, as the page starts with one; and folders of runs that hold an inverter."""
     folders = {
         path.parent
         for file in (INVERTER_FILE, "last.safetensors")
         for pattern in (f"*/{file}", f"*/*/{file}")
         for path in Path(root).glob(pattern)
     }
-    return bundled_inverters() + sorted(str(folder) for folder in folders if _is_inverter(folder))
+    bundled = sorted(bundled_inverters(), key=lambda name: not name.startswith("scenes"))
+    return bundled + sorted(str(folder) for folder in folders if _is_inverter(folder))
 
 
 def _is_inverter(folder: Path) -> bool:
@@ -176,8 +177,7 @@ class Models:
 
     def _examples(self, size: int) -> Examples:
         if self._folder is None:
-            images, factors, _ = render_scenes(EXAMPLE_SEED, range(self._count), size)
-            return Examples(images, factors)
+            return Examples(*render_scenes(EXAMPLE_SEED, range(self._count), size))
         dataset = pictures(self._folder, size)
         return Examples(torch.stack([dataset[i]["image"] for i in range(min(self._count, len(dataset)))]))
 

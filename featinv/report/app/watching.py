@@ -22,7 +22,8 @@ def steps_of(inverter: Inverter) -> int:
     if not _has_callback(inverter):
         return 1
     name = "num_inference_steps" if hasattr(inverter, "num_inference_steps") else "steps"
-    return int(getattr(inverter, name, 1))
+    lift = getattr(inverter, "lift", None)
+    return int(getattr(inverter, name, 1)) + (lift.num_inference_steps if lift is not None else 0)
 
 
 def _has_callback(inverter: Inverter) -> bool:
