@@ -39,6 +39,7 @@ from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError, exit_on_user_error
 from featinv.inverters.build import Trained, build_inverter, find_inverter, load_trained
 from featinv.metrics.benchmark import Benchmark, Contestant, scene_truth
+from featinv.metrics.names import distinct
 from featinv.metrics.networks import available_networks
 from featinv.processes import own_device, process_group, process_rank
 from featinv.report.benchmark import write_benchmark
@@ -144,23 +145,28 @@ def contestants(loaded: dict[str, Trained | None], setting: Setting, config: Dic
     """The benchmark's rows, by names that are good for folders.
 
     `config.limits` and `config.params` of a kind (`optimisation`, `refined`) hold for all its rows, if there are any.
+
+    Raises:
+        UserError: If one of them is of no inverter here, or two rows would have one name.
     """
     limits, params = dict(config.get("limits") or {}), dict(config.get("params") or {})
     kinds = untrained_names()
     for key, names, known in (("limits", limits, [*loaded, *kinds]), ("params", params, [*kinds, *MATCHING])):
         for name in sorted(set(names) - set(known)):
             raise UserError(f"{key}.{name} is no inverter of this run: {nearest(name, known)}")
-    rows: dict[str, Contestant] = {}
-    known: dict[str, Backbone] = {}
+    rows = distinct({name: name.strip("/").removeprefix("runs/").replace("/", "-") for name in loaded})
+    found: dict[str, Contestant] = {}
+    networks: dict[str, Backbone] = {}
     for name, trained in loaded.items():
-        row, limit = name.strip("/").removeprefix("runs/").replace("/", "-"), limits.get(name)
         if trained is None:
             kind = split_name(name)[0].partition("@")[0]
-            found = untrained_contestant(name, setting, limit or limits.get(kind), dict(params.get(kind) or {}))
+            limit = limits.get(name, limits.get(kind))
+            row = untrained_contestant(name, setting, limit, dict(params.get(kind) or {}))
         else:
-            found = trained_contestant(name, trained, setting, limit, known, config.get("precision", "fp32"))
-        rows[row] = matched_contestant(name, found, setting, params)
-    return rows
+            precision = config.get("precision", "fp32")
+            row = trained_contestant(name, trained, setting, limits.get(name), networks, precision)
+        found[rows[name]] = matched_contestant(name, row, setting, params)
+    return found
 
 
 def chosen_data(config: DictConfig, setting: Setting) -> Subset[dict[str, Any]]:

@@ -44,6 +44,7 @@ from featinv.files import write_json
 from featinv.image import make_grid, save_png
 from featinv.inverters.build import check_spec, load_trained
 from featinv.inverters.optimisation import OptimizationInverter
+from featinv.metrics.names import short_names
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
@@ -57,9 +58,14 @@ def chosen_images(config: DictConfig, size: int) -> tuple[Tensor, Tensor]:
 
         raw = [torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1) / 255 for name in PHOTOGRAPHS]
         return torch.stack([EvalTransform(size)(image) for image in raw]), torch.full((len(raw),), -1)
-    items: Any = pictures(path, size) if Path(path).is_file() and ".tar" not in path else load_dataset(path, size=size)
+    items = user_items(path, size)
     read = [items[int(i)] for i in spread(len(items), config.count or len(items))]
     return torch.stack([item["image"] for item in read]), torch.tensor([int(item["label"]) for item in read])
+
+
+def user_items(path: str, size: int) -> Any:
+    """The pictures of a path as data set items."""
+    return pictures(path, size) if Path(path).is_file() and ".tar" not in path else load_dataset(path, size=size)
 
 
 def spread(count: int, wanted: int) -> Tensor:
@@ -136,6 +142,7 @@ def table(config: DictConfig, out: Path) -> Study:
     part = config.table
     if not part.inverters:
         raise UserError("the table needs trained inverters: table.inverters=[runs/a,runs/b].")
+    rows = short_names([*part.inverters, "optimisation"])
     trained = {name: load_trained(split_name(name)[0]) for name in part.inverters}
     first = next(iter(trained.values()))
     backbone, size = first.load_backbone(), first.inverter.size
@@ -145,9 +152,9 @@ def table(config: DictConfig, out: Path) -> Study:
     module.setup()
     items = Subset(module.val, range(min(part.n, len(module.val))))
     inverters: dict[str, Any] = {
-        Path(name).name: matched(each.inverter, backbone, split_name(name)[1]) for name, each in trained.items()
+        rows[name]: matched(each.inverter, backbone, split_name(name)[1]) for name, each in trained.items()
     }
-    inverters["optimisation"] = WithBar(
+    inverters[rows["optimisation"]] = WithBar(
         OptimizationInverter(backbone, size, part.steps, batch_size=part.n), "optimisation"
     )
     with torch.no_grad():
@@ -163,6 +170,7 @@ def table(config: DictConfig, out: Path) -> Study:
         items,
         out / "table",
         referee=load_backbone(config.referee, input_size=128),
+        referee_name=config.referee,
         first_stage=priors[0].first_stage if priors else None,
         size=size,
     )
@@ -180,6 +188,30 @@ PARTS: dict[str, Callable[[DictConfig, Path], Study]] = {
 }
 
 
+READS = {
+    "layers": ("backbone", "referee", "images", "count"),
+    "attacks": ("backbone", "referee", "images", "count", "labelled"),
+    "grad_cam": ("backbone",),
+    "activity": ("backbone", "images", "count"),
+    "maximisation": ("backbone",),
+    "table": ("referee",),
+}
+"""What a part reads beside its own settings."""
+
+
+def reason_to_skip(name: str, config: DictConfig) -> str | None:
+    """Why one of several parts is left out, if it is; asked for alone, a part says so itself."""
+    if len(config.parts) == 1:
+        return None
+    if name == "table" and not config.table.inverters:
+        return "no trained inverters were named"
+    if name == "layers" and config.images is not None:
+        count = len(user_items(config.images, config.layers.size))
+        if min(count, config.count or count) < 2:
+            return "one picture has no others to be found among"
+    return None
+
+
 @exit_on_user_error
 def main() -> None:
     """Run the parts that are asked for, write figures and page."""
@@ -190,14 +222,16 @@ def main() -> None:
             raise UserError(f"unknown part {name!r}: {nearest(name, list(PARTS))}")
     content = read_classic(out)
     for name in config.parts:
-        if name == "table" and not config.table.inverters and len(config.parts) > 1:
-            continue  # nothing trained was named; asked for alone, it says so
+        if (reason := reason_to_skip(name, config)) is not None:
+            print(f"{name} is left out: {reason}")
+            continue
         study = PARTS[name](config, out)
         if study.rows:
             grid = make_grid(list(study.rows.values()), list(study.rows), scale=2 if name == "maximisation" else 1)
             save_png(out / f"{name}.png", grid)
         claims = [{"claim": c.text, "value": c.value, "target": c.target, "met": c.met} for c in study.claims]
-        content[name] = {"figures": study.figures, "claims": claims, "settings": OmegaConf.to_container(config[name])}
+        settings = {key: config[key] for key in READS[name]} | OmegaConf.to_container(config[name])
+        content[name] = {"figures": study.figures, "claims": claims, "settings": settings}
         write_json(out / "classic.json", content)
         write_classic(out, content)
         for claim in study.claims:

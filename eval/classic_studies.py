@@ -67,12 +67,12 @@ class WithBar:
     """An optimisation inverter that moves a progress bar at every step."""
 
     def __init__(self, inverter: OptimizationInverter, title: str):
-        self._inverter, self._title, self.size = inverter, title, inverter.size
+        self.inverter, self._title, self.size = inverter, title, inverter.size
 
     def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """As the inverter does."""
-        with tqdm(total=self._inverter.steps, desc=self._title, unit="step") as bar:
-            return self._inverter.invert(features, seeds=seeds, callback=lambda step, images: bar.update() and None)
+        with tqdm(total=self.inverter.steps, desc=self._title, unit="step") as bar:
+            return self.inverter.invert(features, seeds=seeds, callback=lambda step, images: bar.update() and None)
 
 
 def study_layers(

@@ -11,13 +11,12 @@ command makes what is missing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from eval.benchmark import build_benchmark, load_all, matched_contestant, shared_setting, trained_contestant
 from featinv.applications.matching import split_name
@@ -27,26 +26,16 @@ from featinv.errors import UserError, exit_on_user_error
 from featinv.inverters.build import find_inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.metrics.benchmark import Contestant
+from featinv.metrics.names import distinct
 from featinv.processes import own_device, process_group, process_rank
 from featinv.report.curves import read_log, row_name, write_curves
 
 
-class WithSteps:
-    """A diffusion inverter with a number of sampling steps of its own.
-
-    Args:
-        inverter: Its weights, sampler and guidance are used.
-        steps: Sampling steps.
-    """
-
-    def __init__(self, inverter: DiffusionInverter, steps: int):
-        self.inverter, self.steps, self.size = inverter, steps, inverter.size
-
-    @torch.no_grad()
-    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
-        """Features (N, C, H, W) -> images (N, 3, H, W) in [0, 1]."""
-        latents = self.inverter.draw(features, seeds, num_inference_steps=self.steps)
-        return self.inverter.prior.first_stage.decode(latents)
+def with_steps(inverter: DiffusionInverter, steps: int) -> DiffusionInverter:
+    """The inverter with so many sampling steps: a shallow copy, which shares every weight."""
+    other = copy.copy(inverter)
+    other.num_inference_steps = steps
+    return other
 
 
 def step_rows(name: str, row: Contestant, steps: Sequence[int]) -> dict[str, Contestant]:
@@ -65,7 +54,7 @@ def step_rows(name: str, row: Contestant, steps: Sequence[int]) -> dict[str, Con
         raise UserError(f"steps must be different whole numbers from 1 to {most}, not {list(steps)}.")
     about = {**row.about, "sampler": inverter.sampler}
     return {
-        row_name(k): Contestant(WithSteps(inverter, k), None, {**about, "num_inference_steps": k}, row.backbone)
+        row_name(k): Contestant(with_steps(inverter, k), None, {**about, "num_inference_steps": k}, row.backbone)
         for k in steps
     }
 
@@ -107,7 +96,8 @@ def main() -> None:
     """Read the command line, measure, draw."""
     command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "curves.yaml"))
     config, out = command.config, command.out or Path("runs/curves")
-    logs = {name.strip("/").removeprefix("runs/"): read_log(log_of(name)) for name in chosen_logs(config)}
+    runs = distinct({name: name.strip("/").removeprefix("runs/") for name in chosen_logs(config)})
+    logs = {run: read_log(log_of(name)) for name, run in runs.items()}
     with process_group():
         content = measure_steps(config, out) if config.inverter is not None else None
         if process_rank()[0] == 0:

@@ -26,6 +26,7 @@ from featinv.data.outliers import OUTLIERS, outlier, sketch
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError, exit_on_user_error
 from featinv.metrics.robustness import Condition, Robustness
+from featinv.metrics.views import classifies
 from featinv.processes import own_device, process_group, process_rank
 from featinv.report.robustness import write_robustness
 
@@ -60,16 +61,27 @@ def foreign(name: str, size: int) -> Condition:
 
 
 def chosen_conditions(config: DictConfig, backbone: Backbone, size: int, scenes: bool) -> list[Condition]:
-    """What the command line asks for, the clean pictures first."""
+    """What the command line asks for, the clean pictures first; no attack on a backbone without a classifier."""
     corruptions = list(CORRUPTIONS) if config.corruptions is None else list(config.corruptions)
+    attacks = config.attacks if classifies(backbone) else []
     own = "scenes" if scenes else "photos"
     sets = [*(n for n in OUTLIERS if n != own), "sketches"] if config.ood is None else list(config.ood)
     return [
         Condition("clean", "clean", lambda _index, clean: clean),
         *(corruption(name, severity, config.seed) for name in corruptions for severity in config.severities),
-        *(attack(name, eps, backbone) for name in config.attacks for eps in config.eps),
+        *(attack(name, eps, backbone) for name in attacks for eps in config.eps),
         *(foreign(name, size) for name in sets),
     ]
+
+
+def left_out(config: DictConfig, backbone: Backbone, referee: Backbone | None) -> list[str]:
+    """What is not measured, and why."""
+    found = ["frost (pastes photographs of frost, which are not here)"] if config.corruptions is None else []
+    if not classifies(backbone):
+        found.append(f"{', '.join(['class agreement', *config.attacks])} (the backbone has no classifier)")
+    if referee is not None and not classifies(referee):
+        found.append("the referee's class agreement (it has no classifier)")
+    return found
 
 
 @exit_on_user_error
@@ -96,7 +108,7 @@ def main() -> None:
             batch_size=config.batch_size,
             about=row.about,
         )
-        skipped = ["frost (pastes photographs of frost, which are not here)"] if config.corruptions is None else []
+        skipped = left_out(config, backbone, referee)
         content = robustness.run(conditions, {"inverter": name, "layer": backbone.layer, "skipped": skipped})
         if process_rank()[0] == 0:
             write_robustness(out, content, f"Robustness of {name}")

@@ -191,5 +191,7 @@ def test_steering_the_sky_of_scenes_changes_the_sky_and_not_the_floor() -> None:
         tests[name] = SteeringTest(after[:, 0] == night, changed, "sky")
     assert tests["top"].own >= 0.8 and tests["top"].others == 0
     assert tests["everywhere"].own >= 0.8 and tests["everywhere"].others > 0.2
+    unreadable = torch.full_like(values, torch.nan)
+    assert all(v.all() for v in factor_changes(values, unreadable, schema, torch.ones(2)).values())
     with pytest.raises(UserError, match="compared"):
         factor_changes(values, values[:, :1], schema, torch.ones(2))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from featinv.backbones import load_backbone
 from featinv.errors import UserError
+from featinv.metrics.views import View, classifies
 
 
 def test_final_layer_equals_timm_by_hand() -> None:
@@ -31,6 +32,18 @@ def test_tokens_lose_their_prefix() -> None:
     assert torch.allclose(grid[0, :, 1, 2], tokens[0, 1 + 4 * 1 + 2], atol=1e-5)
     with pytest.raises(UserError, match="class token"):
         backbone.logits_from(grid)
+
+
+def test_a_model_without_a_classifier_has_no_class_scores() -> None:
+    backbone = load_backbone("vit_small_patch14_dinov2", pretrained=False, input_size=28)
+    images = torch.rand(1, 3, 28, 28)
+    assert backbone.model(backbone.preprocess(images)).shape == (1, 384)  # what timm gives: pooled features
+    features = backbone(images)
+    for ask in (lambda: backbone.logits(images), lambda: backbone.logits_from(features)):
+        with pytest.raises(UserError, match="vit_small_patch14_dinov2 has no classifier"):
+            ask()
+    assert not View(backbone, images).classifies and not classifies(backbone.at("blocks.3"))
+    assert classifies(load_backbone("resnet10t", "layer2", pretrained=False, input_size=32))
 
 
 @pytest.mark.parametrize("layer", ["blocks.3", "blocks.5.mlp.fc2"])
@@ -136,11 +149,20 @@ def test_open_clip_tower_equals_its_own_tokens() -> None:
     assert not torch.allclose(backbone.at("blocks.3")(images), features, atol=1e-2)
 
 
+def test_open_clip_takes_its_own_input_size_and_random_weights_by_either_word() -> None:
+    named = load_backbone("openclip_vit_b32", pretrained=None, input_size=224)
+    direct = load_backbone("open_clip:ViT-B-32", pretrained=False, input_size=224)
+    assert named.input_size == direct.input_size == 224
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(named(images), direct(images))
+
+
 def test_open_clip_mistakes_name_the_nearest() -> None:
     for words, message in (
         ({"name": "open_clip:ViT-B-23"}, "ViT-B-32"),
         ({"name": "openclip_vit_b32", "pretrained": "laion2b"}, "laion2b_s34b_b79k"),
         ({"name": "openclip_vit_b32", "pretrained": None, "layer": "block.3"}, "blocks.3"),
+        ({"name": "openclip_vit_b32", "pretrained": None, "input_size": 64}, "sees 224 pixels, not 64"),
     ):
         with pytest.raises(UserError, match=message):
             load_backbone(**words)

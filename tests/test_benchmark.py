@@ -5,20 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import Cells
 from conftest import tiny_first_stage
 from forks import in_two_processes
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from featinv import metrics as M
-from featinv.backbones import load_backbone
+from eval.benchmark import Setting, contestants
+from featinv.backbones import Backbone, load_backbone
 from featinv.errors import UserError
 from featinv.image import load_png, save_png, to_uint8
 from featinv.inverters.build import build_inverter
 from featinv.inverters.reconstruct import Reconstructions, is_whole, reconstruct
 from featinv.inverters.retrieval import RetrievalInverter
 from featinv.metrics.benchmark import Benchmark, Contestant
+from featinv.metrics.collection import METRICS, derangement, possible_metrics, same_class_partner
+from featinv.metrics.distribution import frechet_distance, pooled
+from featinv.metrics.features import feature_cosine
+from featinv.metrics.images import pixel_diversity, psnr
 from featinv.metrics.rows import Judges, Row, evaluate_rows
+from featinv.metrics.views import ImagePairs, View
 from featinv.processes import first_does, own_share, process_rank
 from featinv.report.benchmark import write_benchmark
 
@@ -48,6 +54,13 @@ class Painter:
         return (colour + self.noise * torch.stack(rows)).clamp(0, 1)
 
 
+class Headless(Cells):
+    """Mean colours, and no classifier."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        return Backbone.logits(self, images)
+
+
 @pytest.fixture(scope="module")
 def other() -> torch.nn.Module:
     return load_backbone("resnet10t", layer="layer2", pretrained=False, input_size=32)
@@ -67,40 +80,44 @@ def finished(tmp_path_factory, backbone, other):
     return out, benchmark, benchmark.run(rows, samples=2)
 
 
+def directly(originals: Tensor, pictures: Tensor, backbone, referee) -> dict[str, Tensor]:
+    """Every metric of all images at once: no batches, no rows, no files."""
+    seen, judged = (View(network, originals).against(pictures) for network in (backbone, referee))
+    pairs = ImagePairs(originals, pictures, seen, judged)
+    return {name: METRICS[name](pairs) for name in possible_metrics(referee=True, labels=False)}
+
+
 def test_every_row_is_what_a_direct_evaluation_gives(finished, backbone, other) -> None:
     out, _, content = finished
     originals = to_uint8(images(14)).float() / 255
     assert torch.allclose(Reconstructions(out / "a").originals(), originals, atol=1e-6)
     for name, n in (("a", 14), ("b", 9), ("c", 14)):
         pictures = Reconstructions(out / name).samples(0)
-        direct = M.evaluate_images(originals[:n], pictures, backbone, other)
-        for metric, values in direct.per_image.items():
+        for metric, values in directly(originals[:n], pictures, backbone, other).items():
             figure = content["inverters"][name][metric]
             assert figure["value"] == pytest.approx(values.mean().item(), abs=1e-5) and figure["n"] == n
-        pair = direct.embeddings_real["mobilenetv2"], direct.embeddings_fake["mobilenetv2"]
-        assert content["inverters"][name]["fd_mobilenetv2"]["value"] == pytest.approx(
-            M.frechet_distance(*pair), rel=1e-3
-        )
-    partner = M.derangement(14, 0)
-    cosine = M.feature_cosine(backbone(originals), backbone(originals[partner])).mean().item()
+        pair = pooled(other(originals[:n])), pooled(other(pictures))
+        assert content["inverters"][name]["fd_mobilenetv2"]["value"] == pytest.approx(frechet_distance(*pair), rel=1e-3)
+    partner = derangement(14, 0)
+    cosine = feature_cosine(backbone(originals), backbone(originals[partner])).mean().item()
     assert content["floor"]["cosine"]["value"] == pytest.approx(cosine, abs=1e-5)
-    same = M.same_class_partner(torch.arange(14) % 3, 0)
-    psnr = M.psnr(originals, originals[same]).mean().item()
-    assert content["floor_same_class"]["psnr"]["value"] == pytest.approx(psnr, abs=1e-5)
+    same = same_class_partner(torch.arange(14) % 3, 0)
+    floor = psnr(originals, originals[same]).mean().item()
+    assert content["floor_same_class"]["psnr"]["value"] == pytest.approx(floor, abs=1e-5)
     assert content["ceiling"]["psnr"]["n"] == 14 and "label_accuracy" not in content["inverters"]["a"]
 
 
 def test_an_inverter_of_other_features_is_judged_in_both_networks(finished, other) -> None:
     out, _, content = finished
     originals, pictures = (Reconstructions(out / "c").originals(), Reconstructions(out / "c").samples(0))
-    own = M.feature_cosine(other(originals), other(pictures)).mean().item()
+    own = feature_cosine(other(originals), other(pictures)).mean().item()
     assert content["inverters"]["c"]["own_cosine"]["value"] == pytest.approx(own, abs=1e-5)
     assert "own_cosine" not in content["inverters"]["a"] and "own_share" not in content["inverters"]["a"]
-    partner, first_stage = M.derangement(14, 0), finished[1].first_stage
-    floor = M.feature_cosine(other(originals), other(originals[partner])).mean().item()
+    partner, first_stage = derangement(14, 0), finished[1].first_stage
+    floor = feature_cosine(other(originals), other(originals[partner])).mean().item()
     with torch.no_grad():
         again = to_uint8(first_stage.decode(first_stage.encode(originals))).float() / 255
-        ceiling = M.feature_cosine(other(originals), other(again)).mean().item()
+        ceiling = feature_cosine(other(originals), other(again)).mean().item()
     share = content["inverters"]["c"]["own_share"]["value"]
     assert share == pytest.approx((own - floor) / (ceiling - floor), abs=1e-3)
     assert content["meta"]["rows"]["c"]["layer"] == "layer2" and content["meta"]["rows"]["a"]["depth"] == 1.0
@@ -111,16 +128,17 @@ def test_diversity_subset_differences_and_cases(finished, backbone, other) -> No
     made = Reconstructions(out / "a")
     samples = torch.stack([made.samples(0), made.samples(1)], 1)
     assert content["inverters"]["a"]["pixel_diversity"]["value"] == pytest.approx(
-        M.pixel_diversity(samples).mean().item()
+        pixel_diversity(samples).mean().item()
     )
     assert content["inverters"]["b"]["pixel_diversity"]["value"] > content["inverters"]["a"]["pixel_diversity"]["value"]
     assert content["subset"]["n"] == 9 and content["subset"]["inverters"]["a"]["cosine"]["n"] == 9
-    psnr = [M.psnr(m.originals(), m.samples(0)) for m in (made, Reconstructions(out / "b"))]
+    decibels = [psnr(m.originals(), m.samples(0)) for m in (made, Reconstructions(out / "b"))]
     difference = content["differences"]["rows"]["b"]["psnr"]
     assert (
-        difference["value"] == pytest.approx((psnr[1] - psnr[0][:9]).mean().item(), abs=1e-4) and difference["high"] < 0
+        difference["value"] == pytest.approx((decibels[1] - decibels[0][:9]).mean().item(), abs=1e-4)
+        and difference["high"] < 0
     )
-    referee = M.feature_cosine(other(made.originals()), other(made.samples(0)))
+    referee = feature_cosine(other(made.originals()), other(made.samples(0)))
     cases = content["cases"]["a"]
     assert cases["worst"][0] == f"image-{referee.argmin()}" and cases["best"][-1] == f"image-{referee.argmax()}"
     lines = (out / "per_image.csv").read_text().splitlines()
@@ -234,6 +252,50 @@ def test_originals_are_seen_once_whatever_the_number_of_rows(tmp_path, backbone)
     numbers = evaluate_rows(originals, 10, rows, Judges(Counting()), tmp_path / "scratch", batch_size=4)
     assert seen == 10 + 10 + 9 + 8 and held == [4, 4, 2]  # never more than a batch
     assert numbers.indices("2").tolist() == list(range(8)) and len(numbers.values("1")["psnr"]) == 9
+
+
+@pytest.mark.parametrize("which", ["backbone", "referee"])
+def test_a_judge_without_a_classifier_gives_no_agreement_and_the_table_says_so(tmp_path, other, which) -> None:
+    backbone, referee = (Headless(), other) if which == "backbone" else (other, Headless())
+    benchmark = Benchmark(
+        backbone, items(6), tmp_path, referee=referee, size=32, distribution_resamples=0, class_labels=True
+    )
+    content = benchmark.run({"a": Contestant(Painter())})
+    every = {"top1_agreement", "top5_agreement", "label_accuracy"}
+    every |= {f"referee_{name}" for name in every}
+    missing = {name for name in every if name.startswith("referee") == (which == "referee")}
+    figures = content["inverters"]["a"]
+    assert every & set(figures) == every - missing and {"cosine", "referee_cosine", "psnr"} <= set(figures)
+    assert content["meta"]["skipped"] == dict.fromkeys(missing, f"the {which} has no classifier")
+    write_benchmark(tmp_path, content, "title")
+    assert all(f"Skipped {name}: the {which} has no" in (tmp_path / "table.md").read_text() for name in missing)
+
+
+@pytest.mark.parametrize("limit", [0, -1, "all"])
+def test_a_limit_that_leaves_no_image_is_refused_before_the_first_picture(tmp_path, backbone, limit) -> None:
+    painter = Painter()
+    benchmark = Benchmark(backbone, items(3), tmp_path, size=32)
+    with pytest.raises(UserError, match="limit of b must be a number of images from 1"):
+        benchmark.run({"a": Contestant(painter), "b": Contestant(painter, limit=limit)})
+    assert painter.asked == 0
+
+
+def _rows(backbone, names: list[str], **config) -> dict[str, Contestant]:
+    setting = Setting(OmegaConf.create({"backbone": {}}), backbone, 32, None)
+    return contestants(dict.fromkeys(names), setting, OmegaConf.create(config))
+
+
+def test_the_limit_of_a_row_goes_before_that_of_its_kind(backbone) -> None:
+    limits = {"optimisation": 7, "optimisation@layer2": 0, "optimisation@layer3": None}
+    rows = _rows(backbone, ["optimisation", "optimisation@layer2", "optimisation@layer3"], limits=limits)
+    assert [row.limit for row in rows.values()] == [7, 0, None]  # and 0 is refused by the benchmark
+
+
+def test_two_inverters_are_never_one_row(backbone) -> None:
+    assert list(_rows(backbone, ["optimisation", "optimisation@layer2"])) == ["optimisation", "optimisation@layer2"]
+    for names in (["runs/a/b", "runs/a-b"], ["runs/a/b", "/runs/a/b"], ["a", "runs/a"]):
+        with pytest.raises(UserError, match="would both be the row"):
+            _rows(backbone, names)
 
 
 def _run(out: Path) -> None:

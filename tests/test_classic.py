@@ -12,7 +12,7 @@ from featinv.backbones import load_backbone
 from featinv.errors import UserError
 from featinv.image import save_png
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
-from tools import visual_methods
+from tools import visual_methods, visualize
 from tools.visualize import arguments
 
 
@@ -116,6 +116,39 @@ def test_the_script_runs_on_a_folder_and_names_mistakes(tmp_path, monkeypatch, c
         assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_one_picture_has_every_part_but_the_leak(tmp_path, monkeypatch, capsys) -> None:
+    save_png(tmp_path / "my.png", torch.rand(3, 40, 50))
+    words = [f"images={tmp_path / 'my.png'}", f"out={tmp_path / 'out'}", "activity.size=32", "layers.size=32"]
+    monkeypatch.setattr(sys, "argv", ["eval.classic", "parts=[layers,activity,table]", *words])
+    classic.main()
+    said, content = capsys.readouterr().out, read_classic(tmp_path / "out")
+    assert "layers is left out: one picture" in said and "table is left out: no trained inverters" in said
+    assert list(content) == ["activity"] and content["activity"]["figures"]["final"]["images"] == 1
+
+
+def test_a_kept_part_says_what_it_was_made_of(tmp_path, monkeypatch) -> None:
+    for i in range(2):
+        save_png(tmp_path / "in" / f"{i}.png", torch.rand(3, 40, 50))
+    words = [f"images={tmp_path / 'in'}", f"out={tmp_path / 'out'}"]
+    calls = [
+        ["parts=[activity]", "activity.size=32"],
+        ["parts=[layers]", "layers={size: 32, n: 2, names: [blocks.1, final], steps: 2}", "backbone=mobilenetv2"],
+    ]
+    for call in calls:
+        monkeypatch.setattr(sys, "argv", ["eval.classic", *call, *words])
+        classic.main()
+    content = read_classic(tmp_path / "out")
+    settings = {part: found["settings"] for part, found in content.items()}
+    assert {part: s["backbone"] for part, s in settings.items()} == {
+        "activity": "efficientnet_lite0",
+        "layers": "mobilenetv2",
+    }
+    assert settings["layers"]["referee"] == "mobilenetv2" and settings["layers"]["size"] == 32
+    assert all(s["images"] == str(tmp_path / "in") for s in settings.values())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "efficientnet_lite0" in page and "mobilenetv2" in page
+
+
 def _call(name: str, net, image: torch.Tensor, tmp_path, *words: str):
     options = arguments([name, "--image", "x.png", "--out", str(tmp_path), "--steps", "3", "--judges", *words])
     return visual_methods.METHODS[name](net, image, options)
@@ -128,8 +161,10 @@ def test_visual_methods_beyond_the_page(net, tmp_path, monkeypatch) -> None:
     assert (tmp_path / "attacked_inversion_progress.png").is_file() and 0 < numbers["feature_cosine"] < 1
     found, _ = _call("optimisation", net, image, tmp_path, "--start", "image", "--optimizer", "lbfgs")
     assert found["optimisation_progress"].shape == (1, 3, 32, 96)  # steps 1, 2 and the last
-    _, numbers = _call("transfer", net, image, tmp_path, "--target", "5")
-    assert len(numbers["class_changed"]) == 6
+    made, numbers = _call("transfer", net, image, tmp_path, "--target", "5")
+    assert len(numbers["class_changed"]) == len(made) == 6
+    alone = [name for method in ("fgsm", "pgd") for name in _call(method, net, image, tmp_path)[0]]
+    assert not set(made) & set(alone), "on one page each has files of its own"
     monkeypatch.setattr(visual_methods, "load_prior", lambda name: tiny_prior())
     found, numbers = _call("prior_maximisation", net, image, tmp_path, "--objective", "direction")
     assert set(found) == {"prior_alone", "prior_maximisation"} and numbers["gradients_skipped"] == 0
@@ -161,7 +196,7 @@ def test_the_table_has_every_inverter_with_its_seconds(tmp_path, monkeypatch) ->
     }
     config = tiny_config(tmp_path / "prior", data=data)
     backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
-    save_tiny(tmp_path / "diffusion" / "inverter.safetensors", config, backbone)
+    save_tiny(tmp_path / "diffusion" / "upconv" / "inverter.safetensors", config, backbone)
     config.inverter = {
         "target": "featinv.inverters.upconv.UpconvInverter",
         "params": {"size": 32, "width": 32, "components": 16},
@@ -169,16 +204,32 @@ def test_the_table_has_every_inverter_with_its_seconds(tmp_path, monkeypatch) ->
     save_tiny(tmp_path / "upconv" / "inverter.safetensors", config, backbone)
     words = [
         "parts=[table]",
-        f"table.inverters=[{tmp_path}/diffusion,{tmp_path}/upconv]",
-        "table.n=3",
+        f"table.inverters=[{tmp_path}/diffusion/upconv,{tmp_path}/upconv]",
+        "referee=efficientnet_lite0",
+        "table.n=4",
         "table.steps=2",
         "table.timed=1",
     ]
     monkeypatch.setattr(sys, "argv", ["eval.classic", *words, f"out={tmp_path / 'out'}"])
     classic.main()
     figures = read_classic(tmp_path / "out")["table"]["figures"]
-    assert set(figures["inverters"]) == {"diffusion", "upconv", "optimisation"} == set(figures["seconds_per_image"])
+    names = {"diffusion-upconv", f"{tmp_path.name}-upconv", "optimisation"}
+    assert set(figures["inverters"]) == names == set(figures["seconds_per_image"])
     for name, row in figures["inverters"].items():
-        assert {"cosine", "referee_cosine", "psnr", "ssim"} <= set(row) and figures["seconds_per_image"][name] > 0
+        assert {"cosine", "referee_cosine", "psnr", "ssim", "fd_efficientnet_lite0"} <= set(row)
+        assert figures["seconds_per_image"][name] > 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "upconv" in page and "seconds an image" in page
+    assert "fd_efficientnet_lite0" in page and "mobilenetv2" not in page
+
+
+def test_visualize_takes_an_open_clip_tower(tmp_path, monkeypatch) -> None:
+    save_png(tmp_path / "my.png", torch.rand(3, 40, 50))
+    words = ["--backbone", "open_clip:ViT-B-32", "--untrained", "--layer", "blocks.0", "--steps", "1"]
+    words += ["--image", str(tmp_path / "my.png"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["tools.visualize", "optimisation", *words])
+    visualize.main()
+    assert (tmp_path / "out" / "optimisation.png").is_file()
+    monkeypatch.setattr(sys, "argv", ["tools.visualize", "grad_cam", *words])
+    with pytest.raises(SystemExit):
+        visualize.main()

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cells import Mosaic
 from conftest import save_tiny, tiny_config, tiny_prior
 
 from eval import curves as tool
+from featinv.applications.matching import CorrectedInverter, FeatureGuidedInverter
 from featinv.errors import UserError
 from featinv.image import load_png, to_uint8
 from featinv.inverters.build import load_trained
@@ -72,6 +74,26 @@ def test_each_row_is_the_inverter_with_so_many_steps_and_more_are_added_later(ru
     assert "4 steps" in page and "ceiling" in page and 'src="http' not in page
 
 
+@pytest.mark.parametrize(("kind", "wrapper"), [("corrected", CorrectedInverter), ("guided", FeatureGuidedInverter)])
+def test_a_matched_row_is_matched_at_each_number_of_steps(run, tmp_path, backbone, kind, wrapper) -> None:
+    out = tmp_path / "out"
+    words = ["n=2", "referee=null", "distribution_resamples=0", "steps=[2]", "runs=[]"]
+    call(f"inverter={run}+{kind}", *words, f"out={out}")
+    made, inverter = Reconstructions(out / "steps" / "steps-2"), load_trained(run).inverter
+    inverter.num_inference_steps = 2
+    seeds = [sample_seed(0, name, 0) for name in made.ids]
+    direct = wrapper(inverter, backbone).invert(backbone(made.originals()), seeds=seeds).detach()
+    assert (to_uint8(direct).int() - to_uint8(made.samples()).int()).abs().max() <= 1
+
+
+def test_a_row_keeps_the_lift_that_correcting_goes_through(inverter, backbone) -> None:
+    inverter.lift = torch.nn.Identity()
+    row = tool.step_rows("d", Contestant(inverter), [2])["steps-2"].inverter
+    assert CorrectedInverter(row, backbone).lift is inverter.lift
+    assert (row.num_inference_steps, inverter.num_inference_steps) == (2, 3)
+    assert row.encoder is inverter.encoder  # no weight is copied
+
+
 def test_training_alone_needs_no_inverter(run, tmp_path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"images": 5, "share": 0.5, "cosine": 0.6}) + "\n")
@@ -81,12 +103,15 @@ def test_training_alone_needs_no_inverter(run, tmp_path) -> None:
     assert "0.200" in (tmp_path / "out" / "report.html").read_text()  # the last share
 
 
-def test_mistakes_are_named(inverter, tmp_path) -> None:
+def test_mistakes_are_named(inverter, tmp_path, capsys) -> None:
     with pytest.raises(UserError, match="Mosaic, which has no sampling steps"):
         tool.step_rows("m", Contestant(Mosaic()), [1])
     for steps in ([], [1, 1], [0], [2.5], [1001]):
         with pytest.raises(UserError, match="from 1 to 1000"):
             tool.step_rows("d", Contestant(inverter), steps)
+    with pytest.raises(SystemExit):
+        call("inverter=null", "runs=[runs/a,/runs/a]", f"out={tmp_path}")
+    assert "would both be the row" in capsys.readouterr().err
     with pytest.raises(UserError, match="nothing to draw"):
         write_curves(tmp_path, None, {}, "title")
     with pytest.raises(UserError, match="no log"):

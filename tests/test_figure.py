@@ -58,6 +58,21 @@ def test_matched_rows_say_so_and_share_the_posterior_mean(config, inverter, back
     assert torch.equal(rows[f"{layer}\n+refined\nsample 1"], found)
 
 
+def test_no_row_takes_the_place_of_another(config) -> None:
+    changed = {"inverters": ["scenes64/a", "photos64/a+refined", "photos64/a+corrected"], "samples": 1}
+    changed["baselines"] = ["optimisation", "runs/x/b", "runs/y/b"]
+    rows = tool.rows_of(OmegaConf.merge(config, changed, {"params": {"refined": {"steps": 1}}}))
+    assert list(rows) == [
+        "original",
+        *("scenes64-a\nsample 1", "scenes64-a\nposterior mean", "scenes64-a\noptimisation"),
+        *("photos64-a\n+refined\nsample 1", "photos64-a\nposterior mean", "photos64-a\nx-b"),
+        *("photos64-a\n+corrected\nsample 1", "photos64-a\ny-b"),
+    ]
+    changed = {"inverters": ["runs/a", "/runs/a"], "samples": 1}
+    with pytest.raises(UserError, match="would both be the row 'runs-a'"):
+        tool.rows_of(OmegaConf.merge(config, changed))
+
+
 def test_pictures_by_name_and_by_path(tmp_path) -> None:
     import skimage.data
 

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 
+from eval.classic_studies import WithBar
 from featinv.applications.matching import MATCHING, matched
 from featinv.backbones import load_backbone
 from featinv.conditioning.encoders import SpatialEncoder
@@ -54,10 +56,10 @@ class _Recorder:
     """Paints each image in a colour that tells its seed; counts calls; can die."""
 
     def __init__(self, die_after: int = 10**9):
-        self.painted, self.die_after = 0, die_after
+        self.painted, self._last = 0, die_after
 
     def invert(self, features, *, seeds):
-        if self.painted >= self.die_after:
+        if self.painted >= self._last:
             raise KeyboardInterrupt
         self.painted += len(seeds)
         return torch.stack([torch.full((3, 16, 16), (s % 256) / 255) for s in seeds])
@@ -108,6 +110,8 @@ def test_a_description_changes_with_whatever_changes_the_pictures(prior, backbon
     seen.append(describe(inverter))
     seen += [describe(matched(inverter, backbone, kinds)) for kinds in (("corrected",), ("refined",), ("guided",))]
     seen.append(describe(matched(inverter, backbone, ("refined",), {"refined": {"steps": 3}})))
+    bars = [WithBar(OptimizationInverter(backbone, size=32, steps=steps), "x") for steps in (2, 3)]
+    seen += [describe(Subset(range(300), range(n))) for n in (100, 101)] + [describe(bar) for bar in bars]
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 

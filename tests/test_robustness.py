@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from test_benchmark import Painter, items
+from test_benchmark import Headless, Painter, items
 
-from eval.robustness import attack, chosen_conditions, corruption, foreign
+from eval.robustness import attack, chosen_conditions, corruption, foreign, left_out
 from featinv.attribution.transfer import predict
 from featinv.config import CONFIG_ROOT, load_config
 from featinv.data.corruptions import CORRUPTIONS, corrupt
@@ -16,8 +16,8 @@ from featinv.image import load_png
 from featinv.inverters.reconstruct import Reconstructions
 from featinv.metrics.features import feature_cosine
 from featinv.metrics.robustness import Condition, Robustness
-from featinv.report.layers import layer_points, write_layers
-from featinv.report.robustness import write_robustness
+from featinv.report.layers import Point, layer_points, write_layers
+from featinv.report.robustness import AGAINST, draw_curves, write_robustness
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,22 @@ def test_all_conditions_of_the_configuration_exist(backbone) -> None:
         attack("pgdd", 2, backbone)
 
 
+def test_a_backbone_without_a_classifier_is_not_attacked_and_the_table_says_so(tmp_path, backbone) -> None:
+    config = load_config(CONFIG_ROOT / "robustness.yaml", ["corruptions=[fog]", "severities=[1]", "ood=[]"])
+    conditions = chosen_conditions(config, Headless(), 32, scenes=True)
+    assert [c.name for c in conditions] == ["clean", "fog-1"]
+    skipped = left_out(config, Headless(), Headless())
+    robustness = Robustness(Painter(), Headless(), items(3), tmp_path, referee=Headless())
+    content = robustness.run(conditions, {"skipped": skipped})
+    for found in content["conditions"].values():
+        assert set(found["given"]) == {"cosine", "referee_cosine", "psnr", "ssim"}
+    write_robustness(tmp_path, content, "title")
+    table = (tmp_path / "table.md").read_text()
+    assert "skipped: class agreement, fgsm, pgd (the backbone has no classifier)" in table
+    assert "skipped: the referee's class agreement" in table
+    assert left_out(config, backbone, backbone) == []
+
+
 def _metrics(rows: dict[str, tuple[str, float, float]]) -> dict:
     meta = {name: {"network": "net", "layer": layer, "depth": depth} for name, (layer, depth, _) in rows.items()}
     figure = {name: {"psnr": {"value": v, "low": v - 1, "high": v + 1, "n": 9}} for name, (_, _, v) in rows.items()}
@@ -162,7 +178,43 @@ def test_layers_of_one_inverter_make_one_curve_in_the_order_of_depth(tmp_path) -
     assert (tmp_path / "layers.png").stat().st_size > 5000 and (tmp_path / "report.html").is_file()
     with pytest.raises(UserError, match="more than once"):
         write_layers(tmp_path, points + points, None, "title")
+    more = layer_points(_metrics({"branch@final": ("final", 1.0, 14.0)}))
+    with pytest.raises(UserError, match="branch, net has layer 'final' more than once"):
+        write_layers(tmp_path, points + more, None, "title")
+    with pytest.raises(UserError, match="nothing to draw"):
+        write_layers(tmp_path, [], None, "title")
+    other = Point("a", "final", 1.0, {"own": points[0].figures["psnr"]})
+    with pytest.raises(UserError, match="choose metrics of own"):
+        write_layers(tmp_path, [other], None, "title")
     with pytest.raises(UserError, match="no row has 'ssim'"):
         write_layers(tmp_path, points, ["ssim"], "title")
     with pytest.raises(UserError, match="evaluate again"):
         layer_points({"meta": {}, "inverters": {}})
+
+
+def test_matched_rows_make_curves_of_their_own() -> None:
+    rows = {
+        "optimisation@final+refined": ("final", 1.0, 14.0),
+        "optimisation@blocks.4+refined": ("blocks.4", 0.5, 16.0),
+        "branch-blocks-4+corrected+refined": ("blocks.4", 0.5, 16.0),
+        "my-final+words-final": ("final", 1.0, 14.0),
+    }
+    found = [point.curve for point in layer_points(_metrics(rows))]
+    own = ["branch+corrected+refined, net", "my-final+words, net"]
+    assert found == ["optimisation+refined, net"] * 2 + own
+
+
+def test_drawing_leaves_a_notebooks_backend_and_figures_alone(tmp_path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("svg")
+    try:
+        write_layers(tmp_path, layer_points(_metrics({"a": ("final", 1.0, 12.0)})), None, "title")
+        figure = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+        found = {"severity": 1, **{against: {"cosine": figure} for against in AGAINST}}
+        assert draw_curves(tmp_path / "curves.png", {"conditions": {"fog-1": found}})
+        assert matplotlib.get_backend() == "svg" and not pyplot.get_fignums()
+        assert all(load_png(tmp_path / name).std() > 0.02 for name in ("layers.png", "curves.png"))
+    finally:
+        pyplot.switch_backend("agg")

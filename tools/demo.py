@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Subset
 
 from featinv.backbones import load_backbone
@@ -49,22 +49,28 @@ def contestants(trained: Trained, backbone: Any, sizes: DictConfig) -> dict[str,
     return {name: replace(row, backbone=backbone) for name, row in rows.items()}
 
 
-def run(config: DictConfig, out: Path) -> dict[str, Any]:
+def run(config: DictConfig, out: Path, changed: bool = False) -> dict[str, Any]:
     """Train, sample, evaluate, write metrics.json and report.html.
+
+    Args:
+        config: Of the training, and `demo` of what follows.
+        out: Folder.
+        changed: As of `train`.
 
     Returns:
         The content of metrics.json.
     """
     started = time.time()
     branch = out / "branch"
-    train(config, branch)
+    # Without `demo`: what follows the training may change, and the branch is still the same.
+    train(OmegaConf.masked_copy(config, [key for key in config if key != "demo"]), branch, changed=changed)
     trained = load_trained(branch)
     backbone = trained.load_backbone()
     data = instantiate(config.data, where="data")
     data.setup()
     benchmark = Benchmark(
         backbone.at(JUDGE),
-        Subset(data.val, range(config.demo.images)),  # type: ignore[arg-type]
+        Subset(data.val, range(min(config.demo.images, len(data.val)))),  # type: ignore[arg-type]
         out,
         referee=load_backbone("mobilenetv2"),
         first_stage=trained.inverter.prior.first_stage,  # type: ignore[attr-defined]
@@ -85,7 +91,8 @@ def run(config: DictConfig, out: Path) -> dict[str, Any]:
 @exit_on_user_error
 def main() -> None:
     """Say what will happen, then do it."""
-    command = parse_command_line(__doc__ or "", "demo")
+    flags = {"changed": "go on with a training that was begun with other settings"}
+    command = parse_command_line(__doc__ or "", "demo", flags)
     settings, sizes = command.config.training, command.config.demo
     out = command.out or Path("runs/demo")
     scenes = command.config.data.params.train.params.length
@@ -94,7 +101,7 @@ def main() -> None:
         f"{settings.max_steps} steps of {settings.batch_size} (6 min), reconstructs {sizes.images} held-out scenes, "
         f"inverts {sizes.slow_images} by optimisation, evaluates (3 min). Into {out}; goes on if interrupted."
     )
-    content = run(command.config, out)
+    content = run(command.config, out, "changed" in command.flags)
     print((out / "table.md").read_text())
     print(f"{content['meta']['minutes']} minutes; open {out / 'report.html'}")
 

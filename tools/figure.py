@@ -33,6 +33,7 @@ from featinv.inverters.base import Inverter
 from featinv.inverters.build import Trained, load_trained
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.reconstruct import sample_seed
+from featinv.metrics.names import distinct, short_names
 from featinv.report.app.pictures import PHOTOGRAPHS, from_array
 
 HELD_OUT_SCENES = 1
@@ -86,7 +87,8 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
     """Label -> pictures (N, 3, H, W), in the order of the figure.
 
     Raises:
-        UserError: If the inverters draw different sizes, or there are not as many baselines.
+        UserError: If the inverters draw different sizes, there are not as many baselines, or two rows would have one
+            name.
     """
     if not config.inverters or len(config.baselines) not in (0, 1, len(config.inverters)):
         raise UserError("give inverters=[A,B], and one baseline for each of them, one for all, or none.")
@@ -95,15 +97,16 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
     if len(sizes) > 1:
         raise UserError(f"the inverters draw pictures of different sizes, {sorted(sizes)}; make a figure of each.")
     ids, images = chosen_images(config.images, config.n, sizes.pop())
-    rows = {"original": images}
+    rows, titles, baselines = {"original": images}, _titles(loaded), short_names(list(config.baselines))
     for number, (name, trained) in enumerate(tqdm(loaded.items(), desc="drawing", unit="inverter")):
-        backbone, title, kinds = trained.load_backbone(), _title(loaded, name), split_name(name)[1]
-        plain = title.partition("+")[0].strip()
+        backbone, (base, kinds) = trained.load_backbone(), split_name(name)
+        plain = titles[base]
+        title = "\n".join([plain, "".join(f"+{kind}" for kind in kinds)]).strip()
         inverter = matched(trained.inverter, backbone, kinds, config.params)
         for k in range(config.samples):
             seeds = [sample_seed(config.seed, image_id, k) for image_id in ids]
             rows[f"{title}\nsample {k + 1}"] = drawn(inverter, backbone, images, seeds)
-        first = next(other for other in loaded if split_name(other)[0] == split_name(name)[0])
+        first = next(other for other in loaded if split_name(other)[0] == base)
         if config.posterior_mean and name == first and isinstance(trained.inverter, DiffusionInverter):
             with torch.no_grad():
                 rows[f"{plain}\nposterior mean"] = trained.inverter.posterior_mean(backbone(images))
@@ -112,15 +115,15 @@ def rows_of(config: DictConfig) -> dict[str, Tensor]:
             other, own = baseline(chosen, trained, backbone, config.params)
             seeds = [sample_seed(config.seed, image_id, 0) for image_id in ids]
             layer = plain if own is backbone else own.spec.layer  # a trained baseline may read another layer
-            rows[f"{layer}\n{Path(chosen).name}"] = drawn(other, own, images, seeds)
+            rows[f"{layer}\n{baselines[chosen]}"] = drawn(other, own, images, seeds)
     return rows
 
 
-def _title(loaded: Mapping[str, Trained], name: str) -> str:
-    """The layer and what matches the pictures to it, unless another inverter has both in common."""
-    kinds = {key: "".join(f"+{kind}" for kind in split_name(key)[1]) for key in loaded}
-    titles = {key: f"{trained.spec.layer}\n{kinds[key]}".strip() for key, trained in loaded.items()}
-    return titles[name] if list(titles.values()).count(titles[name]) == 1 else Path(name).name
+def _titles(loaded: Mapping[str, Trained]) -> dict[str, str]:
+    """Inverter without its suffixes -> its layer, or its own name where another one has that layer, too."""
+    bases = {split_name(name)[0]: trained.spec.layer for name, trained in loaded.items()}
+    short, layers = short_names(list(bases)), list(bases.values())
+    return distinct({base: layer if layers.count(layer) == 1 else short[base] for base, layer in bases.items()})
 
 
 @exit_on_user_error

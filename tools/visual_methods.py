@@ -229,7 +229,7 @@ def _transfer(backbone: Backbone, image: Tensor, options: argparse.Namespace) ->
     judges = {name: load_backbone(name, input_size=backbone.input_size) for name in options.judges}
     table = transfer_table(made, label, {options.backbone: backbone, **judges}, originals=image)
     changed = {attack: {judge: bool(cell["changed"]) for judge, cell in row.items()} for attack, row in table.items()}
-    return dict(made), {"class_changed": changed}
+    return {f"transfer_{attack}": picture for attack, picture in made.items()}, {"class_changed": changed}
 
 
 def _activity(backbone: Backbone, image: Tensor, options: argparse.Namespace) -> Result:

@@ -144,9 +144,8 @@ def risk_factor(residuals: Tensor, level: float) -> float:
     count, values = residuals.shape
     if not 0 < level < 1:
         raise UserError(f"the level of an interval must lie between 0 and 1, not {level}.")
-    allowed = ((count + 1) * (1 - level) - 1) / count
     # Rounding must not turn "exactly enough images" into "too few".
-    outside = math.floor(allowed * count * values + 1e-9)
+    outside = math.floor(((count + 1) * (1 - level) - 1) * values + 1e-9)
     if outside < 0:
         fewest = math.ceil(level / (1 - level) - 1e-9)
         raise UserError(f"{count} images cannot calibrate {level:.0%} intervals; take at least {fewest}.")

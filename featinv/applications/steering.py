@@ -157,7 +157,7 @@ def factor_changes(before: Tensor, after: Tensor, schema: Sequence[FactorSpec], 
     limit = torch.tensor(
         [0.5 if spec.kind == "categorical" else float(s) for spec, s in zip(schema, scale, strict=True)]
     )
-    differs = (before - after).abs() > limit
+    differs = ((before - after).abs() > limit) | (before.isnan() != after.isnan())
     return {spec.name: differs[:, k] for k, spec in enumerate(schema)}
 
 

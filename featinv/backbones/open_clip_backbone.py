@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -23,21 +23,29 @@ class OpenCLIPBackbone(Backbone):
     Args:
         name: OpenCLIP's name of the model, such as "ViT-B-32".
         layer: "final" (the last block) or "blocks.N" ("stages.N" of a convolutional tower), N from 0.
-        pretrained: OpenCLIP's weight tag, such as "laion2b_s34b_b79k"; None draws random weights from `seed`.
+        pretrained: OpenCLIP's weight tag, such as "laion2b_s34b_b79k"; None, or False as of other backbones, draws
+            random weights from `seed`.
         checkpoint_path: A state dict of the whole model or of its image tower to load instead.
         seed: Of random weights; the global random state is left alone.
+        input_size: Side of the network's input; it must be the model's own, which None takes.
+
+    Raises:
+        UserError: If there is no such model, layer or weights, or the model's input has another size.
     """
 
     def __init__(
         self,
         name: str = "ViT-B-32",
         layer: str = "final",
-        pretrained: str | None = "laion2b_s34b_b79k",
+        pretrained: str | Literal[False] | None = "laion2b_s34b_b79k",
         checkpoint_path: str | None = None,
         seed: int = 0,
+        input_size: int | None = None,
     ):
-        visual = _create(name, None if checkpoint_path else pretrained, seed)
+        visual = _create(name, None if checkpoint_path else pretrained or None, seed)
         size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+        if input_size not in (None, size):
+            raise UserError(f"OpenCLIP's {name} sees {size} pixels, not {input_size}; give that input size, or none.")
         super().__init__(layer, size, visual.image_mean, visual.image_std)
         if checkpoint_path is not None:
             _load(visual, checkpoint_path, name)

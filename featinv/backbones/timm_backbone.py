@@ -148,8 +148,18 @@ class TimmBackbone(Backbone):
         named = dict(zip(names, found, strict=True))
         return [named[layer] for layer in layers]
 
+    def _check_classifier(self) -> None:
+        # Without a head timm's models give their pooled features in the place of class scores.
+        if not self.model.num_classes:
+            raise UserError(f"{self.name} has no classifier.")
+
     def logits(self, images: Tensor) -> Tensor:
-        """Class scores (N, K) of images (N, 3, H, W) in [0, 1]."""
+        """Class scores (N, K) of images (N, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: If the model has no classifier.
+        """
+        self._check_classifier()
         return self.model(self.preprocess(images))
 
     def final_from(self, features: Tensor) -> Tensor:
@@ -172,8 +182,10 @@ class TimmBackbone(Backbone):
         """Class scores (N, K) from the final map.
 
         Raises:
-            UserError: At an earlier layer, or where the head reads more than the map, such as a class token.
+            UserError: If the model has no classifier, at an earlier layer, or where the head reads more than the map,
+                such as a class token.
         """
+        self._check_classifier()
         if self.layer != "final":
             return super().logits_from(features)
         if getattr(self.model, "num_prefix_tokens", 0) and getattr(self.model, "global_pool", "") != "avg":

@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _VALUES = 64  # of each tensor: training changes all of them
+_LISTED = 64  # a longer list is hashed
 
 
 def describe(thing: Any) -> Any:
     """A JSON tree of an object's class, of the arguments it was built with, as far as it kept them, and its weights.
 
     Equal trees mean that the same pictures are drawn: an inverter, the wrappers around it, its guidance, a backbone and
-    its layer. Weights are hashed by some values of each tensor, which takes no time.
+    its layer. Weights are hashed by some values of each tensor, which takes no time; other libraries' networks have
+    nothing else.
     """
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
-    if isinstance(thing, list | tuple | torch.Size):
-        return [describe(part) for part in thing]
+    if isinstance(thing, Sequence):
+        parts = [describe(part) for part in thing]
+        return parts if len(parts) <= _LISTED else hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     if isinstance(thing, Mapping):
         return {str(key): describe(value) for key, value in thing.items()}
     if isinstance(thing, Tensor):
         return weights_hash({"": thing})
-    kind = type(thing)
+    kind, module = type(thing), isinstance(thing, nn.Module)
     found: dict[str, Any] = {"class": kind.__name__}
-    if kind.__module__.startswith("featinv."):
-        kept = vars(thing) | (thing._modules if isinstance(thing, nn.Module) else {})
-        found |= {name: describe(kept[name]) for name in inspect.signature(kind).parameters if name in kept}
-    if isinstance(thing, nn.Module):
+    if kind.__module__.startswith("featinv.") or not module:
+        kept = getattr(thing, "__dict__", {}) | (thing._modules if module else {})
+        found |= {name: describe(kept[name]) for name in _parameters(kind) if name in kept}
+    if module:
         found["weights"] = weights_hash(thing.state_dict())
     return found
+
+
+def _parameters(kind: type) -> list[str]:
+    try:
+        return list(inspect.signature(kind).parameters)
+    except ValueError:  # built in
+        return []
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

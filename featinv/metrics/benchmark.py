@@ -21,13 +21,13 @@ from featinv.image import resize
 from featinv.inverters.base import Inverter
 from featinv.inverters.reconstruct import Items, Reconstructions, reconstruct
 from featinv.inverters.stored import StoredItems, store_items
-from featinv.metrics.collection import derangement, same_class_partner
+from featinv.metrics.collection import derangement, possible_metrics, same_class_partner
 from featinv.metrics.distribution import SMALL_N, distribution_meta
 from featinv.metrics.factors import FactorProbe
 from featinv.metrics.rows import Judges, Row, RowEvaluation, evaluate_rows, probe_input
 from featinv.metrics.tables import CEILING, FLOOR, SAME_CLASS, Tables
 from featinv.metrics.truth import FactorTruth, rounded, scene_truth
-from featinv.metrics.views import Embedder, Perceptual
+from featinv.metrics.views import Embedder, Perceptual, classifies
 from featinv.processes import first_does
 
 __all__ = ["Benchmark", "Contestant", "FactorTruth", "evaluate", "scene_truth"]
@@ -96,7 +96,7 @@ class Benchmark:
     ):
         if len(items) < 2:
             raise UserError(f"a benchmark needs at least two images, not {len(items)}: the floor pairs them.")
-        self.backbone, self.out, self.size, self.seed = backbone, Path(out), size, seed
+        self.backbone, self.referee, self.out, self.size, self.seed = backbone, referee, Path(out), size, seed
         self.first_stage, self.batch_size = first_stage, batch_size
         self.distribution_resamples, self.class_labels = distribution_resamples, class_labels
         self.skipped = dict(skipped or {})
@@ -124,11 +124,17 @@ class Benchmark:
             "inverters", "factors" (what a probe reads from originals and from their features), "differences" of every
             inverter from the first one over the images of both, "cases" (ids of the worst, median and best images), and
             "subset", where every inverter is evaluated on the images that all of them have, if some have fewer.
+
+        Raises:
+            UserError: If there is no inverter, or a row's name, limit or pictures make no sense.
         """
         if not contestants:
             raise UserError("there is no inverter to evaluate.")
         if "originals" in contestants:
             raise UserError("no row can be named 'originals': the images themselves are kept under that name.")
+        for name, contestant in contestants.items():
+            if contestant.limit is not None and not (isinstance(contestant.limit, int) and contestant.limit > 0):
+                raise UserError(f"the limit of {name} must be a number of images from 1, not {contestant.limit!r}.")
         first_does(lambda: store_items(self._items, self.out / "originals"))
         items = StoredItems(self.out / "originals")
         made = {name: self._reconstruct(items, name, contestant, samples) for name, contestant in contestants.items()}
@@ -236,8 +242,22 @@ class Benchmark:
             "rows": {name: described(c.backbone or self.backbone) for name, c in contestants.items()},
             "distribution": [distribution_meta(network, count, count, True) for network in networks],
             "warnings": [warning] if networks and count < SMALL_N else [],
-            "skipped": self.skipped,
+            "skipped": self.skipped | self._without_classes(),
             "python": platform.python_version(),
+        }
+
+    def _without_classes(self) -> dict[str, str]:
+        """The metrics of class scores that a judge cannot give -> why."""
+        given = possible_metrics(
+            referee=self.referee is not None,
+            labels=self.class_labels,
+            classifies=classifies(self.backbone),
+            referee_classifies=self.referee is not None and classifies(self.referee),
+        )
+        return {
+            name: f"the {'referee' if name.startswith('referee') else 'backbone'} has no classifier"
+            for name in possible_metrics(referee=self.referee is not None, labels=self.class_labels)
+            if name not in given
         }
 
 

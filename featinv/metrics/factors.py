@@ -103,7 +103,8 @@ class FactorProbe:
             embeddings: (N, D).
 
         Returns:
-            (N, F) float64: class indices or values; NaN in columns that had fewer than two training values.
+            (N, F) float64: class indices or values; NaN in columns that had fewer than two training values, and in
+            rows of embeddings that are not finite.
 
         Raises:
             UserError: If the probe is not fitted.
@@ -116,7 +117,8 @@ class FactorProbe:
                 columns.append(torch.full((len(inputs),), torch.nan, dtype=torch.float64))
                 continue
             scores = inputs @ head[:-1] + head[-1]
-            columns.append(scores.argmax(1).double() if spec.kind == "categorical" else scores[:, 0])
+            best = scores.argmax(1).double() if spec.kind == "categorical" else scores[:, 0]
+            columns.append(best.masked_fill(~scores.isfinite().all(1), torch.nan))
         return torch.stack(columns, dim=1)
 
     def score(self, embeddings: Tensor, values: Tensor, *, seed: int = 0, resamples: int = 1000) -> dict[str, Interval]:

@@ -200,6 +200,8 @@ def _evaluate_row(
         labels=labels is not None,
         own=own is not None,
         perceptual=judges.perceptual is not None,
+        classifies=backbone.original.classifies,
+        referee_classifies=referee is not None and referee.original.classifies,
     )
     found = {_key(name, "indices", ""): torch.tensor(indices)}
     found |= {_key(name, "value", metric): METRICS[metric](pairs).cpu() for metric in names}

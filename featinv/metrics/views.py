@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from featinv.backbones.base import Backbone
 from featinv.errors import UserError
 
 Embedder = Callable[[Tensor], Tensor]
@@ -44,6 +45,14 @@ class View:
             return self._network.logits_from(self.features)
         except UserError:  # the layer does not lead to the head: a forward from the image does
             return self._network.logits(self.images)
+
+    @cached_property
+    def classifies(self) -> bool:
+        """Whether the network has class scores."""
+        try:
+            return self.logits.shape[1] > 0
+        except UserError:
+            return False
 
     def take(self, rows: list[int]) -> View:
         """The same view of some of the images, without another forward to their features."""
@@ -121,6 +130,11 @@ class ImagePairs:
             UserError: If its network is not there.
         """
         return _given(self.perceptual, "the LPIPS network")(self.originals, self.reconstructions)
+
+
+def classifies(backbone: Backbone) -> bool:
+    """Whether a backbone has class scores; one black picture tells."""
+    return View(backbone, backbone.mean.new_zeros(1, 3, backbone.input_size, backbone.input_size)).classifies
 
 
 def _given(part: Part | None, what: str) -> Part:

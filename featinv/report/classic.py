@@ -6,14 +6,12 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featinv.attribution.diagnostics import ChannelActivity
-from featinv.files import atomic_write, read_json
+from featinv.files import read_json
+from featinv.report.canvas import canvas, save_figure
 from featinv.report.page import figure_table, file_tag, write_page
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLES = {
     "layers": "Inversion by optimisation, layer by layer",
@@ -25,21 +23,6 @@ TITLES = {
 }
 
 
-def _canvas(width: float, height: float) -> Figure:
-    """A figure that needs no display and leaves pyplot's global state alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-
-
 def layer_figure(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Cosine, PSNR, SSIM and leak over layers, with bootstrap intervals where there are some.
 
@@ -48,7 +31,7 @@ def layer_figure(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
         figures: Layer -> figures, in order of depth, as `study_layers` returns them.
     """
     layers = list(figures)
-    figure = _canvas(11, 2.8)
+    figure = canvas(11, 2.8)
     panels = zip(figure.subplots(1, 4), ("cosine", "psnr", "ssim", "leak"), ("", " (dB)", "", " (top-1)"), strict=True)
     for axes, name, unit in panels:
         values = [figures[layer][name] for layer in layers]
@@ -63,7 +46,7 @@ def layer_figure(path: Path, figures: Mapping[str, Mapping[str, Any]]) -> None:
         axes.set_title(name + unit)
         axes.tick_params(axis="x", labelrotation=60)
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def activity_figure(path: Path, found: Sequence[ChannelActivity]) -> None:
@@ -73,7 +56,7 @@ def activity_figure(path: Path, found: Sequence[ChannelActivity]) -> None:
         path: A PNG file.
         found: One for each layer.
     """
-    figure = _canvas(2.2 * len(found), 4.2)
+    figure = canvas(2.2 * len(found), 4.2)
     for column, activity in zip(figure.subplots(2, len(found), squeeze=False).T, found, strict=True):
         shares = activity.position_share.sort(descending=True).values
         column[0].fill_between(range(len(shares)), shares.tolist(), step="mid")
@@ -83,7 +66,7 @@ def activity_figure(path: Path, found: Sequence[ChannelActivity]) -> None:
         column[1].imshow(where.numpy(), vmin=0, vmax=1, cmap="magma")
         column[1].set(xticks=[], yticks=[], title=f"inactive units\n{100 * float(where.mean()):.1f} %")
     figure.axes[0].set_ylabel("share of positions active")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def read_classic(out: Path) -> dict[str, Any]:
@@ -147,7 +130,8 @@ def _tables(part: str, figures: Mapping[str, Any]) -> str:
         note = f"{clean}; below, the share flipped of those that were right before:"
         return f"<p class='note'>{html.escape(note)}</p>" + _plain_table(flipped)
     if part == "table":
-        metrics = ("cosine", "referee_cosine", "psnr", "ssim", "fd_mobilenetv2")
+        known = dict.fromkeys(metric for row in figures["inverters"].values() for metric in row)
+        metrics = ["cosine", "referee_cosine", "psnr", "ssim", *(m for m in known if m.startswith("fd_"))]
         return figure_table(figures["inverters"], metrics) + _plain_table(
             {"seconds an image": figures["seconds_per_image"]}
         )

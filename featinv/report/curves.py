@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from featinv.errors import UserError
-from featinv.files import atomic_write, write_json
+from featinv.files import write_json
 from featinv.report.benchmark import picture_rows
+from featinv.report.canvas import canvas, save_figure
 from featinv.report.page import figure_table, file_tag, picture_table, write_page
 
 METRICS = ("share", "referee_cosine", "top5_agreement", "psnr", "kid")
@@ -70,12 +71,8 @@ def draw_curves(
         logs: Run -> lines of its probe log; none leaves the last panel out.
         title: Above all panels.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = (len(metrics) if content else 0) + bool(logs)
-    figure = Figure(figsize=(3.6 * max(panels, 1.5), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(3.6 * max(panels, 1.5), 3.4)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if content:
         for metric in metrics:
@@ -83,8 +80,7 @@ def draw_curves(
     if logs:
         _draw_training(axes.pop(0), logs)
     figure.suptitle(title)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def steps_of(content: Mapping[str, Any]) -> dict[int, Figures]:

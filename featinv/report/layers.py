@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from featinv.errors import UserError
-from featinv.files import atomic_write, write_text
+from featinv.files import write_text
+from featinv.report.canvas import canvas, save_figure
 from featinv.report.page import figure_table, file_tag, write_page
 
 METRICS = ("psnr", "ssim", "referee_cosine", "factor_accuracy", "identified")
@@ -48,7 +49,8 @@ def layer_points(content: Mapping[str, Any]) -> list[Point]:
 
 def _kind(name: str, layer: str) -> str:
     """A row's name without its layer: rows that differ in nothing else make one curve."""
-    pattern = r"[-_@/]?" + r"[._-]".join(re.escape(part) for part in re.split(r"[._-]", layer)) + r"$"
+    # What matches the pictures to the features, as "+refined", stands behind the layer.
+    pattern = r"[-_@/]?" + r"[._-]".join(re.escape(part) for part in re.split(r"[._-]", layer)) + r"(?=(\+[a-z]+)*$)"
     return re.sub(pattern, "", name) or name
 
 
@@ -68,8 +70,9 @@ def _ordered(points: Sequence[Point]) -> dict[str, list[Point]]:
     listed = {name: sorted(members, key=lambda p: (p.depth is None, p.depth or 0)) for name, members in curves.items()}
     for name, members in listed.items():
         layers = [p.layer for p in members]
-        if len(set(layers)) < len(layers):
-            raise UserError(f"{name} has layer {layers[0]!r} more than once; leave one of the benchmarks out.")
+        for layer in layers:
+            if layers.count(layer) > 1:
+                raise UserError(f"{name} has layer {layer!r} more than once; leave one of the benchmarks out.")
     return listed
 
 
@@ -80,12 +83,8 @@ def _distance(figure: Mapping[str, Any], side: str) -> float:
 
 def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequence[str], title: str) -> None:
     """A panel for each metric, a line with intervals for each curve; layers in the order of their depth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(metrics), figsize=(3.4 * len(metrics), 3.6), squeeze=False)
+    figure = canvas(3.4 * len(metrics), 3.6, layout=None)
+    axes = figure.subplots(1, len(metrics), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         named: set[tuple[float, str]] = set()
         for name, members in curves.items():
@@ -103,9 +102,7 @@ def draw_layers(path: Path, curves: Mapping[str, Sequence[Point]], metrics: Sequ
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _name_places(axis: Any, named: Sequence[tuple[float, str]], apart: float = 0.03) -> None:
@@ -128,15 +125,19 @@ def write_layers(folder: str | Path, points: Sequence[Point], metrics: Sequence[
         title: Of the figure and the page.
 
     Raises:
-        UserError: If no benchmark has a metric, or a curve has a layer twice.
+        UserError: If there is no point, no benchmark has a metric, or a curve has a layer twice.
     """
     folder = Path(folder)
+    if not points:
+        raise UserError("there is nothing to draw: give benchmarks=[FOLDER,FOLDER].")
     curves = _ordered(points)
     known = {metric for point in points for metric in point.figures}
     missing = [metric for metric in metrics or () if metric not in known]
     if missing:
         raise UserError(f"no row has {missing[0]!r}; there are {', '.join(sorted(known))}.")
     chosen = list(metrics or [metric for metric in METRICS if metric in known])
+    if not chosen:
+        raise UserError(f"no row has any of {', '.join(METRICS)}; choose metrics of {', '.join(sorted(known))}.")
     draw_layers(folder / "layers.png", curves, chosen, title)
     buffer = io.StringIO()
     writer = csv.writer(buffer)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featinv.files import atomic_write, write_text
+from featinv.files import write_text
 from featinv.inverters.reconstruct import Reconstructions
+from featinv.report.canvas import canvas, save_figure
 from featinv.report.page import figure_table, file_tag, picture_table, write_page
 
 SHOWN = ("cosine", "top1_agreement", "referee_cosine", "psnr")
@@ -40,11 +41,6 @@ def write_table(folder: Path, content: Mapping[str, Any]) -> None:
 
 def draw_curves(path: Path, content: Mapping[str, Any], metric: str = "cosine") -> bool:
     """One panel for each corruption: the metric over severity, for each pair; False if there are no severities."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     families: dict[str, list[Mapping[str, Any]]] = {}
     for name, found in content["conditions"].items():
         if found["severity"] is not None:
@@ -53,7 +49,8 @@ def draw_curves(path: Path, content: Mapping[str, Any], metric: str = "cosine") 
         return False
     columns = min(len(families), 5)
     rows = -(-len(families) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.2 * rows), sharey=True, squeeze=False)
+    figure = canvas(2.6 * columns, 2.2 * rows, layout=None)
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(families) :]:
         axis.set_visible(False)
     for axis, (family, members) in zip(axes.flat, families.items(), strict=False):
@@ -68,9 +65,7 @@ def draw_curves(path: Path, content: Mapping[str, Any], metric: str = "cosine") 
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
     figure.tight_layout(rect=(0, 0.06 if rows > 1 else 0.12, 1, 1))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
     return True
 
 
