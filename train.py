@@ -21,12 +21,12 @@ from featinv.config import instantiate
 from featinv.diffusion.lift import training_backbone
 from featinv.errors import exit_on_user_error
 from featinv.inverters.build import INVERTER_FILE, about, build_inverter, save_inverter
-from featinv.processes import keep_freed_memory
+from featinv.processes import keep_freed_memory, own_device
 from featinv.training.module import InversionModule
 from featinv.training.plan import plan
 from featinv.training.precision import hasten
 from featinv.training.probe import FeatureProbe
-from featinv.training.rows import held_out_images, keep_config, prepare, start_from, training_rows
+from featinv.training.rows import held_out_images, keep_config, on_device, prepare, start_from, training_rows
 from featinv.training.runner import fit, hold_run
 from featinv.training.summary import describe
 
@@ -64,8 +64,10 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
     )
     print(describe(config, module))
     keep_config(config, out, changed)
-    dataset, probe_images = training_rows(config, module, out), held_out_images(config, settings.probe_images)
-    prepare(module, dataset, settings.prepare_images, out)
+    probe_images = held_out_images(config, settings.probe_images)
+    with on_device(module, torch.device("cpu") if settings.accelerator == "cpu" else own_device()):
+        dataset = training_rows(config, module, out)
+        prepare(module, dataset, settings.prepare_images, out)
     start_from(module, settings.get("start"), out)
     hasten(inverter, settings)
     probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)

@@ -11,7 +11,7 @@ from featinv.diffusion.first_stage import Finish, normalise_latents
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior, load_prior
-from featinv.diffusion.samplers import SAMPLERS, sample
+from featinv.diffusion.samplers import SAMPLERS, make_stepper, sample
 from featinv.errors import UserError
 
 
@@ -52,6 +52,60 @@ def test_samplers_recover_a_point_mass() -> None:
         assert torch.allclose(sample(denoise, noise, scheduler, name, 10), x0, atol=2e-2), name
     with pytest.raises(UserError, match="unipc"):
         sample(denoise, noise, scheduler, "nope")
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_every_number_of_steps_has_as_many_timesteps_or_is_refused(sampler) -> None:
+    scheduler, refused = tiny_prior().scheduler, []
+    for n in range(1, 1001):
+        try:
+            stepper = make_stepper(scheduler, sampler, n)
+        except UserError:
+            refused.append(n)
+            continue
+        timesteps = stepper.timesteps.tolist()
+        assert len(set(timesteps)) == len(timesteps) == n and 0 <= timesteps[-1] < timesteps[0] + 1 <= 1000, n
+        assert timesteps == sorted(timesteps, reverse=True)
+        if hasattr(stepper, "sigmas"):
+            assert len(stepper.sigmas) == n + 1 and float(stepper.sigmas[-1]) == 0
+    assert refused == (list(range(501, 1001)) if sampler == "ddim_leading" else [])
+    with pytest.raises(UserError, match="1001 steps"):
+        make_stepper(scheduler, sampler, 1001)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])
+def test_61_steps_draw_what_60_do(sampler) -> None:
+    """61 is a number from which diffusers makes one timestep more, -1."""
+    scheduler, noise = tiny_prior("epsilon").scheduler, torch.randn(1, 4, 4, 4)
+    alphas, seen = scheduler.alphas_cumprod, []
+
+    def denoise(x, t):  # of data with a standard deviation of 0.5
+        seen.append(int(t))
+        a = alphas[int(t)]
+        return (1 - a).sqrt() * x / (1 - 0.75 * a)
+
+    found = [sample(denoise, noise, scheduler, sampler, n) for n in (60, 61)]
+    assert len(seen) == 121 and min(seen) >= 0
+    torch.testing.assert_close(*found, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("n", [7, 334])
+def test_ddim_goes_from_each_timestep_to_the_next(n) -> None:
+    """x0 = (x - sqrt(1 - a) e) / sqrt(a), next = sqrt(a') x0 + sqrt(1 - a') e, also where n does not divide 1000."""
+    scheduler, noise, seen = tiny_prior("epsilon").scheduler, torch.randn(1, 4, 4, 4), []
+
+    def model(x, t):
+        seen.append(int(t))
+        return torch.sin(x * (1 + t / 500))
+
+    found, x = sample(model, noise, scheduler, "ddim", n), noise.double()
+    assert seen == [round(1000 - k * 1000 / n) - 1 for k in range(n)]
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    for t, after in zip(seen[:], [*seen[1:], None], strict=True):
+        a, b = alphas[t], torch.tensor(1.0) if after is None else alphas[after]
+        e = torch.sin(x * (1 + t / 500))
+        x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+    torch.testing.assert_close(found.double(), x, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

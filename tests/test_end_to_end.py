@@ -249,6 +249,8 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     assert prior.size == 64 and prior.latent_shape == (12, 16, 16)
     assert json.loads((tmp_path / "first_stage.json").read_text())["psnr"] > 25
     assert load_png(tmp_path / "samples.png").shape[0] == 3
+    done = _run("-m", "tools.train_prior", "scenes64", *words, "size=65", f"out={tmp_path}", cwd=ROOT)
+    assert done.returncode == 2 and "size: 64 -> 65" in done.stderr and "--changed" in done.stderr
     words += [f"start={tmp_path / 'prior'}", "first_stage.module=null", "unet.module=null"]
     done = _run("-m", "tools.train_prior", "scenes64", *words[:2], *words[4:], f"out={tmp_path / 'on'}", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

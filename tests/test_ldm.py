@@ -165,6 +165,19 @@ def test_the_yaml_of_the_original_code_is_understood(tmp_path) -> None:
         load_prior(path, tmp_path / "b.yaml")
 
 
+@pytest.mark.parametrize("schedule", [{}, {"schedule": {"prediction_type": "v_prediction", "beta_end": None}}])
+def test_a_short_yaml_that_leaves_the_schedule_out_means_stable_diffusions(tmp_path, schedule) -> None:
+    prior = _prior()
+    state = {k: v for k, v in export_ldm(prior).items() if k != "betas"}
+    path = _write(tmp_path / "a.ckpt", state, prior)
+    OmegaConf.save(
+        OmegaConf.create({"unet": {"num_attention_heads": 4, "sample_size": 8}, **schedule}), tmp_path / "b.yaml"
+    )
+    again = load_prior(path, tmp_path / "b.yaml").scheduler
+    assert torch.equal(again.alphas_cumprod, prior.scheduler.alphas_cumprod)
+    assert again.config.prediction_type == ("v_prediction" if schedule else "epsilon")
+
+
 def test_the_checkpoints_own_betas_win(tmp_path) -> None:
     prior = _prior()
     path = _write(tmp_path / "a.ckpt", export_ldm(prior) | {"betas": torch.linspace(0.001, 0.02, 500)}, prior)
@@ -301,3 +314,12 @@ def test_the_tool_converts_a_branch_for_sampling_and_back(tmp_path, monkeypatch)
     again = read_ldm(tmp_path / "back.safetensors")
     assert all(torch.equal(v, again.state[k]) for k, v in export_inverter(inverter).items())
     assert again.settings.steps == 4 and again.settings.guidance_scale == 1.75
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch, capsys) -> None:
+    from tools import convert_checkpoint
+
+    monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "missing.ckpt"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        convert_checkpoint.main()
+    assert f"there is no file {tmp_path / 'missing.ckpt'}" in capsys.readouterr().err

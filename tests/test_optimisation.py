@@ -76,6 +76,15 @@ def test_latent_parametrisation_lowers_the_objective() -> None:
     assert len(found) == 30 and last < first
 
 
+def test_the_first_stage_follows_the_features(monkeypatch) -> None:
+    prior, moved = tiny_prior(), []
+    monkeypatch.setattr(prior.first_stage, "to", lambda device: moved.append(device))
+    inverter = OptimizationInverter(_Identity(), 32, 1, parametrisation="latent", prior=prior)
+    features = _smooth(1)
+    inverter.invert(features, seeds=[1])
+    assert moved == [features.device]
+
+
 def test_a_mask_leaves_the_rest_free() -> None:
     images = _smooth()
     mask = channel_mask(images, [1])

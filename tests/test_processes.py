@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_prior
+from conftest import tiny_first_stage, tiny_prior
 from forks import in_two_processes
 
 from featinv.checkpoint import load_checkpoint
-from featinv.conditioning.encoders import SpatialEncoder
+from featinv.conditioning.encoders import PublishedEncoder, SpatialEncoder
 from featinv.data.scenes import ScenesDataset
 from featinv.data.shards import WebDatasetShards
 from featinv.errors import UserError
@@ -34,6 +34,7 @@ from featinv.processes import (
 )
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
+from featinv.training.prior_modules import FirstStageModule, PriorModule
 from featinv.training.probe import FeatureProbe
 from featinv.training.runner import fit
 from featinv.training.sharding import shard
@@ -49,19 +50,29 @@ def cache(tmp_path_factory, backbone):
     return build_cache(tmp_path_factory.mktemp("cache"), {}, scenes, first_stage, backbone, 4)
 
 
-def _module(backbone) -> InversionModule:
+def _module(backbone, published: bool = False, estimate_steps: int = 0, **parts) -> InversionModule:
     torch.manual_seed(5)
     prior = tiny_prior()
-    encoder = SpatialEncoder(backbone.spec, prior.latent_shape, 16, components=16, hidden=16, blocks=1)
-    inverter = DiffusionInverter(prior, encoder, num_inference_steps=2)
+    sizes = {"hidden": 16} if published else {"components": 16, "hidden": 16, "blocks": 1}
+    encoder = (PublishedEncoder if published else SpatialEncoder)(backbone.spec, prior.latent_shape, 16, **sizes)
+    inverter = DiffusionInverter(prior, encoder, num_inference_steps=2, **parts)
     for block in inverter.branch.controlnet_down_blocks:  # else the branch adds nothing within a few steps
         torch.nn.init.normal_(block.weight, std=0.1)
-    return InversionModule(inverter, backbone, max_steps=STEPS, warmup_steps=1, feature_noise=0.1)
+    settings = {"max_steps": STEPS, "warmup_steps": 1, "feature_noise": 0.1, "estimate_steps": estimate_steps}
+    return InversionModule(inverter, backbone, **settings)
 
 
-def _train(folder: Path, backbone, dataset, steps: int = STEPS, die_at: int | None = None, **settings) -> None:
+def _train(
+    folder: Path,
+    backbone,
+    dataset,
+    steps: int = STEPS,
+    die_at: int | None = None,
+    parts: dict | None = None,
+    **settings,
+) -> None:
     """Train; each process writes its losses (and which images it saw) and the first one its averaged weights."""
-    module, rank, losses, seen = _module(backbone), process_rank()[0], [], []
+    module, rank, losses, seen = _module(backbone, **(parts or {})), process_rank()[0], [], []
     whole = module.training_step
 
     def training_step(batch, batch_idx):
@@ -125,6 +136,68 @@ def test_split_weights_train_stop_and_resume_as_whole_ones(tmp_path, backbone, c
     found = torch.cat([_losses(tmp_path, steps) for steps in (1, 3, 4)])
     torch.testing.assert_close(found, _losses(one), atol=1e-5, rtol=0)
     _assert_same_pictures(one, tmp_path, backbone)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parts"),
+    [
+        ("ddp", {"published": True}),  # its gate of estimates gets none
+        ("ddp", {"regression_weight": 0.0, "gated": False}),  # nor is there a loss of its estimates
+        ("fsdp", {"estimate_steps": 2}),
+    ],
+)
+def test_what_a_step_does_not_use_holds_no_process_up(tmp_path, backbone, cache, strategy, parts) -> None:
+    in_two_processes(lambda: _train(tmp_path / "two", backbone, cache, parts=parts, strategy=strategy))
+    _train(tmp_path / "one", backbone, cache, parts=parts)
+    torch.testing.assert_close(_losses(tmp_path / "two"), _losses(tmp_path / "one"), atol=1e-5, rtol=0)
+
+
+class _Rows:
+    """Eight latents, or pictures, all alike."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        one = {
+            "latents": torch.randn(4, 4, 4, generator=generator),
+            "image": torch.rand(3, 32, 32, generator=generator),
+        }
+        return {name: value.expand(len(rows), *value.shape) for name, value in one.items()}
+
+
+def _train_prior(folder: Path) -> None:
+    """Train both parts of a prior for a step; each process writes its timesteps and its first stage's noise."""
+    torch.manual_seed(5)
+    prior, drawn = tiny_prior(), {}
+    unet, first_stage = PriorModule(prior), FirstStageModule(tiny_first_stage(), None, latent_noise=1.0)
+    draw, disturb = unet.loss.draw, first_stage._disturb
+
+    def drawing(latents, seeds):
+        noise, timesteps = draw(latents, seeds)
+        drawn["timesteps"] = timesteps.tolist()
+        return noise, timesteps
+
+    def disturbing(latents, generator):
+        drawn["posterior"] = latents.flatten().tolist()
+        return disturb(latents, generator)
+
+    unet.loss.draw, first_stage._disturb = drawing, disturbing
+    settings = {"max_steps": 1, "batch_size": 4, "precision": "fp32", "accelerator": "cpu", "progress": False}
+    for name, module in (("unet", unet), ("first_stage", first_stage)):
+        fit(module, _Rows(), folder / name, **settings)  # type: ignore[arg-type]
+    (folder / f"{process_rank()[0]}.json").write_text(json.dumps(drawn))
+
+
+def test_each_process_draws_noise_of_its_own_for_a_prior(tmp_path) -> None:
+    in_two_processes(lambda: _train_prior(tmp_path / "two"))
+    _train_prior(tmp_path / "one")
+    (one,), two = (
+        [json.loads(path.read_text()) for path in sorted((tmp_path / name).glob("?.json"))] for name in ("one", "two")
+    )
+    assert [rank["timesteps"] for rank in two] == [one["timesteps"][0::2], one["timesteps"][1::2]]
+    assert two[0]["timesteps"] != two[1]["timesteps"] and two[0]["posterior"] != two[1]["posterior"]
 
 
 def test_a_killed_process_ends_the_run_and_the_next_goes_on(tmp_path, backbone, cache, one) -> None:

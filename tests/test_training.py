@@ -2,19 +2,20 @@ import math
 
 import pytest
 import torch
-from conftest import save_tiny, tiny_config, tiny_prior
-from omegaconf import OmegaConf
+from conftest import TINY_BACKBONE, save_tiny, tiny_config, tiny_first_stage, tiny_prior
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from featinv.backbones import load_backbone
 from featinv.checkpoint import load_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
+from featinv.config import load_config
 from featinv.data.folders import FlatFolder
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
 from featinv.files import load_safetensors
 from featinv.inverters.diffusion import DiffusionInverter
-from featinv.training.batches import Epochs
+from featinv.training.batches import BatchedRows, Epochs
 from featinv.training.cache import build_cache
 from featinv.training.consistency import (
     EstimateConsistency,
@@ -24,10 +25,12 @@ from featinv.training.consistency import (
     _statistics_distance,
 )
 from featinv.training.module import InversionModule
-from featinv.training.prior_modules import PriorModule
-from featinv.training.rows import keep_config
+from featinv.training.prior_modules import FirstStageModule, PriorModule
+from featinv.training.rows import keep_config, on_device, prepare, training_rows
 from featinv.training.runner import fit, last_checkpoint
 from featinv.training.teacher import EmbeddingTeacher
+from tools.train_prior import write_prior
+from train import train
 
 
 def _module(backbone, max_steps: int = 6, **settings) -> InversionModule:
@@ -133,6 +136,94 @@ def test_a_run_goes_on_with_the_configuration_it_began_with(tmp_path, backbone, 
         keep_config(other, tmp_path)
     keep_config(other, tmp_path, changed=True)
     assert OmegaConf.load(tmp_path / "config.yaml").prior == "c"
+
+
+def test_a_run_of_several_stages_has_begun_with_the_first_of_them(tmp_path, backbone, cache) -> None:
+    config = OmegaConf.create({"start": None})
+    keep_config(config, tmp_path, stages=["one", "two"])
+    fit(_module(backbone, 1), cache, tmp_path / "two", max_steps=1, batch_size=4, progress=False, precision="fp32")
+    keep_config(config, tmp_path, stages=["one", "two"])
+    with pytest.raises(UserError, match="start: None -> scenes64"):
+        keep_config(OmegaConf.create({"start": "scenes64"}), tmp_path, stages=["one", "two"])
+
+
+def _experiment(tmp_path, *words: str) -> DictConfig:
+    """scenes64 with a tiny prior, backbone and data set."""
+    tiny_prior().save_pretrained(tmp_path / "prior")
+    config = load_config("scenes64", [f"prior={tmp_path / 'prior'}", *words])
+    config.backbone = {"target": "featinv.backbones.timm_backbone.TimmBackbone", "params": TINY_BACKBONE}
+    if "params" in config.conditioning and "components" in config.conditioning.params:
+        config.conditioning.params |= {"components": 16, "hidden": 16, "blocks": 1}
+    for part in ("train", "val"):
+        config.data.params[part].params |= {"length": 4, "size": config.data.params[part].params.size // 2}
+    config.training |= {"cache_root": str(tmp_path / "cache"), "max_steps": 1, "batch_size": 2, "probe_every": 1}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inverter=upconv"], "consistency needs an inverter that samples by diffusion.*consistency=null"),
+        (
+            ["inverter=upconv", "training.module.params.consistency=null", "training.module.params.estimate_steps=1"],
+            "UpconvInverter estimates no latents; leave estimate_steps at 0",
+        ),
+        (["inverter=retrieval"], "RetrievalInverter has nothing to train"),
+        (["inverter=optimisation"], "OptimizationInverter has nothing to train"),
+        (["training.probe_images=0"], "probe_images must be at least 1, not 0"),
+        (["data.params.train.params.size=128"], "pictures of 64 px, the inverter draws 32"),
+    ],
+)
+def test_settings_that_cannot_work_are_named_before_anything_is_computed(tmp_path, words, message) -> None:
+    with pytest.raises(UserError, match=message):
+        train(_experiment(tmp_path, *words), tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_size_of_a_picture_is_looked_at_where_no_setting_says_it(tmp_path, backbone) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    config = _experiment(tmp_path)
+    config.data.params.train = {"target": "test_training.whole_pictures", "params": {"folder": str(tmp_path)}}
+    with pytest.raises(UserError, match="pictures of 64 px, the inverter draws 32"):
+        training_rows(config, _module(backbone), tmp_path)
+
+
+def whole_pictures(folder: str) -> FlatFolder:
+    return FlatFolder(folder, size=64)
+
+
+def test_a_run_without_warm_up_begins_at_its_peak(backbone) -> None:
+    module = _module(backbone)
+    module.warmup_steps = 0
+    prior = PriorModule(tiny_prior(), learning_rate=1e-3, warmup_steps=0)
+    for part in (module, prior):
+        configured = part.configure_optimizers()
+        assert configured["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("linear", "calls"), [(False, 0), (True, 1)])
+def test_latents_are_computed_only_for_an_encoder_that_asks_for_them(tmp_path, backbone, linear, calls) -> None:
+    module, encoded = _module(backbone), []
+    prior = module.inverter.prior
+    module.inverter.encoder = SpatialEncoder(backbone.spec, prior.latent_shape, 16, 16, 16, 1, linear=linear)
+    whole = prior.first_stage.encode
+    prior.first_stage.encode = lambda images: encoded.append(len(images)) or whole(images)
+    prepare(module, BatchedRows(ScenesDataset(6, size=32)), 4, tmp_path)
+    assert encoded == [4] * calls and module.inverter.encoder.whitening.fitted
+    if linear:
+        assert module.inverter.encoder.linear.weight.abs().sum() > 0
+
+
+def test_rows_are_prepared_on_the_device_and_training_finds_all_where_it_was(tmp_path, backbone, monkeypatch) -> None:
+    module, moves = _module(backbone), []
+    parts = {"backbone": backbone, "first stage": module.inverter.prior.first_stage}
+    for name, part in parts.items():
+        monkeypatch.setattr(part, "to", lambda device, name=name: moves.append((name, device)))
+    device = torch.device("meta")
+    with on_device(module, device):
+        assert moves == [(name, device) for name in parts]
+    assert moves[2:] == [(name, torch.device("cpu")) for name in parts]
 
 
 @pytest.mark.parametrize(
@@ -313,3 +404,22 @@ def test_a_resumed_prior_keeps_the_first_stage_it_is_given(tmp_path) -> None:
     trained(1, 0.25)
     assert (trained(2, 0.5) == 0.5).all(), "its decoder was trained on meanwhile"
     assert all(name.startswith("prior.unet.") for name in load_checkpoint(tmp_path / "last.safetensors")["state_dict"])
+
+
+def test_a_first_stages_backbone_comes_back_from_lightnings_device(tmp_path, backbone, monkeypatch) -> None:
+    moves: list[torch.device] = []
+    monkeypatch.setattr(backbone, "to", lambda device: moves.append(torch.device(device)) or backbone)
+    module = FirstStageModule(tiny_first_stage(), backbone, max_steps=1, warmup_steps=0)
+    images = BatchedRows(ScenesDataset(4, size=32))
+    monkeypatch.setattr(type(module), "device", torch.device("cpu", 0))
+    fit(module, images, tmp_path, max_steps=1, batch_size=2, progress=False, precision="fp32", accelerator="cpu")
+    assert moves == [torch.device("cpu", 0), torch.device("cpu")]
+
+
+def test_the_first_process_alone_writes_a_prior(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    write_prior(tiny_prior(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    write_prior(tiny_prior(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prior", "samples.png"]

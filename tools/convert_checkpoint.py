@@ -89,6 +89,8 @@ def main() -> None:
         raise UserError("say either where to write (--out) or what to compare with (--check).")
     if args.check is not None:
         check(args.source, args.config, args.check)
+    elif args.source.suffix in LDM_SUFFIXES and not args.source.exists():
+        raise UserError(f"there is no file {args.source}.")
     elif args.source.is_file() and args.source.suffix in LDM_SUFFIXES:
         to_folders(args.source, args.config, args.backbone, args.out, args.half)
     elif args.out.suffix == ".safetensors":

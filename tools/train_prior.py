@@ -2,7 +2,8 @@
 
 python -m tools.train_prior scenes64
 python -m tools.train_prior scenes64 first_stage.module.params.max_steps=100 out=runs/quick
-python -m tools.train_prior scenes64 start=scenes64 first_stage.module=null unet.module=null   its decoder goes on
+python -m tools.train_prior scenes64 start=scenes64 first_stage.module=null unet.module=null out=runs/decoder
+                                                                             the bundled prior's decoder goes on
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from featinv.diffusion.samplers import sample
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.image import make_grid, save_png, seeded_noise
+from featinv.processes import is_first_process
+from featinv.training.rows import keep_config
 from featinv.training.runner import fit, hold_run
+
+STAGES = {"module": "first_stage", "finishing": "finish", "polish": "decoder"}
+"""Stages of the first stage's training, and the folders of their checkpoints."""
 
 
 class Latents:
@@ -121,7 +127,7 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
     node = config.first_stage
     first_stage = new_first_stage(config, images[range(min(3000, len(images)))]["image"])
     started = time.time()
-    for stage, folder in (("module", "first_stage"), ("finishing", "finish"), ("polish", "decoder")):
+    for stage, folder in STAGES.items():
         if node.get(stage):
             parts = {"first_stage": first_stage, "backbone": backbone}
             module = instantiate(node[stage], where=f"first_stage.{stage}", **parts)
@@ -129,10 +135,11 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
     first_stage.eval().requires_grad_(False)
     if node.get("module"):  # otherwise its latents stay what a UNet and branches have learned
         normalise_latents(first_stage, images[range(min(2000, len(images)))]["image"])
-    figures, again = judge_first_stage(first_stage, backbone, held_out)
-    write_json(out / "first_stage.json", figures | {"minutes": (time.time() - started) / 60})
-    save_png(out / "first_stage.png", make_grid([held_out[:10], again[:10]], ["original", "round trip"]))
-    print("first stage, held out:", json.dumps(figures))
+    if is_first_process():
+        figures, again = judge_first_stage(first_stage, backbone, held_out)
+        write_json(out / "first_stage.json", figures | {"minutes": (time.time() - started) / 60})
+        save_png(out / "first_stage.png", make_grid([held_out[:10], again[:10]], ["original", "round trip"]))
+        print("first stage, held out:", json.dumps(figures))
     return first_stage
 
 
@@ -160,7 +167,9 @@ def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImag
 
 
 def write_prior(prior: DiffusionPrior, out: Path) -> None:
-    """Keep a finished prior, in half precision, and a grid of its samples."""
+    """Keep a finished prior, in half precision, and a grid of its samples; the first process does."""
+    if not is_first_process():
+        return
     save_png(out / "samples.png", make_grid(list(draw(prior, 30).split(10))))
     prior.save_pretrained(out / "prior", dtype=torch.float16)
 
@@ -185,7 +194,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prior", help=f"a name in configs/prior ({names}) or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value; out=FOLDER chooses where the run goes")
-    arguments = parser.parse_args()
+    parser.add_argument("--changed", action="store_true", help="go on with a run that was begun with other settings")
+    arguments = parser.parse_intermixed_args()  # --changed may stand anywhere
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = [word for word in arguments.overrides if not word.startswith("out=")]
     chosen = [word[4:] for word in arguments.overrides if word.startswith("out=")]
@@ -197,11 +207,13 @@ def main() -> None:
     out = Path(chosen[-1] if chosen else f"runs/prior_{Path(arguments.prior).stem}")
     pl.seed_everything(0)
     with hold_run(out):
+        keep_config(config, out, arguments.changed, [*STAGES.values(), "unet"])
         images = InMemoryImages(instantiate(config.data, where="data"), num_workers=2)
         validation = InMemoryImages(instantiate(config.validation, where="validation"))
         first_stage = train_first_stage(config, images, validation[range(len(validation))]["image"], out)
         train_unet(config, first_stage, images, out)
-    print(f"prior in {out / 'prior'}; samples in {out / 'samples.png'}")
+    if is_first_process():
+        print(f"prior in {out / 'prior'}; samples in {out / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ class RestOfNetwork:
         # The same operations on as many pictures: what is determined is equal to the last bit, or nearly.
         if output is None or not isinstance(wanted, Tensor):
             return False
+        if wanted.is_meta:  # a dry run: shapes alone
+            return True
         return bool((self(output) - wanted).norm() <= 1e-5 * wanted.norm())
 
     def __call__(self, output: Tensor) -> Tensor:

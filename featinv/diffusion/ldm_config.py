@@ -22,6 +22,8 @@ from featinv.errors import UserError
 from featinv.files import first_line
 
 State = Mapping[str, Tensor]
+SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+"""Stable Diffusion's."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class LdmSettings:
     head_channels: int | None = None
     sample_size: int = 32
     scaling_factor: float = 0.18215
-    schedule: dict[str, Any] = field(default_factory=lambda: {"beta_start": 0.00085, "beta_end": 0.012})
+    schedule: dict[str, Any] = field(default_factory=SCHEDULE.copy)
     feature_size: tuple[int, int] = (9, 9)
     feature_channels: int = 1024
     steps: int = 50
@@ -86,7 +88,7 @@ def _short(config: dict[Any, Any]) -> dict[str, Any]:
         "head_channels": unet.get("num_head_channels"),
         "sample_size": unet.get("sample_size"),
         "scaling_factor": vae.get("scaling_factor"),
-        "schedule": {name: schedule[name] for name in names if name in schedule},
+        "schedule": SCHEDULE | {name: schedule[name] for name in names if schedule.get(name) is not None},
         "feature_size": _pair(control.get("feature_size")),
         "feature_channels": control.get("feature_channels"),
         "steps": schedule.get("ddim_steps"),
@@ -241,7 +243,7 @@ def vae_config(state: State, settings: LdmSettings) -> tuple[dict[str, Any], Lev
 
 def scheduler(state: State, settings: LdmSettings) -> DDPMScheduler:
     """The schedule of the YAML, or the checkpoint's own `betas` where these differ: the LDM code samples with them."""
-    options = {"beta_schedule": "scaled_linear", **settings.schedule, "clip_sample": False, "steps_offset": 1}
+    options = {**settings.schedule, "clip_sample": False, "steps_offset": 1}
     made = DDPMScheduler(**{name: value for name, value in options.items() if value is not None})
     betas = state.get("betas")
     if betas is None or (betas.shape == made.betas.shape and torch.allclose(betas, made.betas, rtol=1e-3)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,9 +18,20 @@ from torch import Tensor
 
 from featinv.errors import UserError
 
+
+class _DDIM(DDIMScheduler):  # type: ignore[misc]
+    """DDIM whose steps end where the next ones begin; diffusers' go down by the whole part of T / steps."""
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **settings: Any) -> Any:
+        later = self.timesteps[self.timesteps < timestep]
+        down = int(timestep - later[0]) if len(later) else int(timestep) + 1
+        self.num_inference_steps = Fraction(self.config.num_train_timesteps, down)  # diffusers divides T by it
+        return super().step(model_output, timestep, sample, **settings)
+
+
 # name -> (scheduler, arguments beyond the training schedule's own)
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddim": (_DDIM, {"clip_sample": False, "set_alpha_to_one": True}),
     # As the LDM code steps: timesteps 1, 1 + T / steps, ..., so that the first is told of less noise than there is.
     "ddim_leading": (
         DDIMScheduler,
@@ -55,16 +67,9 @@ def sample(
         Latents (N, C, h, w).
 
     Raises:
-        UserError: If the sampler is unknown or the number of steps is not in [1, training timesteps].
+        UserError: As of `make_stepper`.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
-    if not 1 <= num_inference_steps <= scheduler.config.num_train_timesteps:
-        raise UserError(f"{num_inference_steps} steps: must be 1 to {scheduler.config.num_train_timesteps}.")
-    kind, extra = SAMPLERS[sampler]
-    # Trailing timesteps start at pure noise, as sampling does (Lin et al. 2023, arXiv 2305.08891, section 3.3).
-    stepper = kind.from_config(scheduler.config, **{"timestep_spacing": "trailing", **extra})
-    stepper.set_timesteps(num_inference_steps)
+    stepper = make_stepper(scheduler, sampler, num_inference_steps)
     latents = noise * stepper.init_noise_sigma
     for step, timestep in enumerate(stepper.timesteps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and step >= num_inference_steps - grad_steps):
@@ -74,3 +79,33 @@ def sample(
         if callback is not None:
             callback(step, latents)
     return latents
+
+
+def make_stepper(scheduler: DDPMScheduler, sampler: str, num_inference_steps: int) -> Any:
+    """Return diffusers' scheduler of that sampler, with exactly so many timesteps.
+
+    Args:
+        scheduler: The schedule that the network was trained with.
+        sampler: A key of `SAMPLERS`.
+        num_inference_steps: Steps.
+
+    Raises:
+        UserError: If the sampler is unknown or the number of steps is not in [1, training timesteps], of
+            "ddim_leading" in [1, half of them].
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    most = scheduler.config.num_train_timesteps
+    if sampler == "ddim_leading":
+        most //= 2  # with more it would go by single timesteps, from one far below pure noise
+    if not 1 <= num_inference_steps <= most:
+        raise UserError(f"{num_inference_steps} steps of {sampler}: must be 1 to {most}.")
+    kind, extra = SAMPLERS[sampler]
+    # Trailing timesteps start at pure noise, as sampling does (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+    stepper = kind.from_config(scheduler.config, **{"timestep_spacing": "trailing", **extra})
+    stepper.set_timesteps(num_inference_steps)
+    # diffusers counts down in floats, which for some numbers (61 of 1000) gives one more, at timestep -1.
+    stepper.timesteps = stepper.timesteps[:num_inference_steps]
+    if hasattr(stepper, "sigmas"):
+        stepper.sigmas = torch.cat([stepper.sigmas[:num_inference_steps], stepper.sigmas[-1:]])
+    return stepper

@@ -83,7 +83,8 @@ class OptimizationInverter:
             raise UserError("the latent parametrisation needs a prior, whose first stage decodes the latents.")
         self.backbone, self.size, self.steps, self.learning_rate = backbone, size, steps, learning_rate
         self.regulariser = regulariser or Regulariser(tv_weight, tv_beta, l2_weight=l2_weight)
-        self.parametrisation, self.optimizer, self.start, self.batch_size = parametrisation, optimizer, start, batch_size
+        self.parametrisation, self.optimizer = parametrisation, optimizer
+        self.start, self.batch_size = start, batch_size
         self.jitter, self.scale = jitter, scale
         loaded = load_prior(prior) if isinstance(prior, str) else prior
         self._first_stage = loaded.first_stage if loaded is not None and parametrisation == "latent" else None

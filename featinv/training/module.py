@@ -21,7 +21,7 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.adversary import Adversary
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA
-from featinv.training.optimizers import FusedAdamW, match_layout
+from featinv.training.optimizers import FusedAdamW, cosine_schedule, match_layout
 from featinv.training.sharding import gathered, placed_as, shard, unshard
 from featinv.training.teacher import EmbeddingTeacher
 
@@ -30,6 +30,38 @@ def sample_seeds(seed: int, step: int, rows: int) -> list[int]:
     """Seeds of the rows of one training batch: a function of (seed, step, row), so that a resumed run repeats them."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
     return torch.randint(2**62, (rows,), generator=generator).tolist()
+
+
+def row_seeds(module: pl.LightningModule, seed: int, batch_idx: int, rows: int) -> list[int]:
+    """Seeds of this process's rows; the batch as a whole has the same ones on any number of processes."""
+    accumulate, rank, world = 1, 0, 1
+    if module._trainer is not None:
+        accumulate, rank = module.trainer.accumulate_grad_batches, module.trainer.global_rank
+        world = module.trainer.world_size
+    step = module.global_step * accumulate + batch_idx % accumulate
+    return sample_seeds(seed, step, rows * world)[rank::world]
+
+
+def _check_trainable(inverter: Any, consistency: Consistency | None, estimate_steps: int) -> None:
+    """Raise UserError if there is nothing to train, or not by these terms."""
+    name = type(inverter).__name__
+    if not isinstance(inverter, nn.Module) or not _trained(inverter):
+        raise UserError(f"{name} has nothing to train.")
+    if not isinstance(inverter, DiffusionInverter) and consistency is not None:
+        raise UserError(
+            f"consistency needs an inverter that samples by diffusion, not a {name}; "
+            "set training.module.params.consistency=null."
+        )
+    if not isinstance(inverter, DiffusionInverter) and estimate_steps:
+        raise UserError(f"{name} estimates no latents; leave estimate_steps at 0.")
+    if getattr(inverter, "lift", None) is not None and (consistency is not None or estimate_steps):
+        raise UserError("a lift has a loss of its own; leave consistency at null and estimate_steps at 0.")
+
+
+def _trained(inverter: Any) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    named = inverter.named_parameters()
+    return {k: p for k, p in named if p.requires_grad and not k.startswith("prior.")}
 
 
 class InversionModule(pl.LightningModule):
@@ -57,6 +89,9 @@ class InversionModule(pl.LightningModule):
         max_grad_norm: Gradient clipping.
         seed: Of noise, timesteps and dropout.
         described: Written into every checkpoint, so that it can be loaded as an inverter (`featinv.inverters.build`).
+
+    Raises:
+        UserError: If the inverter has nothing to train, or not by the terms that are asked for.
     """
 
     def __init__(
@@ -81,6 +116,7 @@ class InversionModule(pl.LightningModule):
         described: dict[str, Any] | None = None,
     ):
         super().__init__()
+        _check_trainable(inverter, consistency, estimate_steps)
         self.inverter, self.described = inverter, described or {}
         self._backbone = [backbone]  # outside the module tree: never saved, never trained
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
@@ -90,16 +126,8 @@ class InversionModule(pl.LightningModule):
         self.consistency, self.consistency_from = consistency, consistency_from
         if (adversary := self._adversary) is not None:
             adversary.build(backbone)
-        if getattr(inverter, "lift", None) is not None and (consistency is not None or estimate_steps):
-            raise UserError("a lift has a loss of its own; leave consistency at null and estimate_steps at 0.")
         self.masking = FeatureMasking(mask_positions, mask_channels)
-        if not self._trained():
-            raise UserError(f"{type(inverter).__name__} has nothing to train.")
-        self.ema = EMA(self._trained(), ema_decay, ema_every) if ema_decay else None
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        named = self.inverter.named_parameters()
-        return {k: p for k, p in named if p.requires_grad and not k.startswith("prior.")}
+        self.ema = EMA(_trained(self.inverter), ema_decay, ema_every) if ema_decay else None
 
     @property
     def _adversary(self) -> Adversary | None:
@@ -109,7 +137,7 @@ class InversionModule(pl.LightningModule):
     def restart_average(self) -> None:
         """Begin the average anew from the weights as they are: they were changed from outside."""
         if self.ema is not None:
-            self.ema = EMA(self._trained(), self.ema.decay, self.ema.every)
+            self.ema = EMA(_trained(self.inverter), self.ema.decay, self.ema.every)
 
     @property
     def backbone(self) -> Backbone:
@@ -134,7 +162,7 @@ class InversionModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
         features = self.features_of(batch)
-        seeds = self._row_seeds(batch_idx, len(features))
+        seeds = row_seeds(self, self.seed, batch_idx, len(features))
         if estimating := self.global_step < self.estimate_steps:
             losses = self._estimate_losses(batch, self._given(features, seeds))
         else:
@@ -148,6 +176,9 @@ class InversionModule(pl.LightningModule):
             self.log("train/consistency", distance.detach())
             if self._adversary is not None:
                 self.log("train/adversary", self._adversary.hinge)
+        if self._trainer is not None and self.trainer.world_size > 1 and self.device_mesh is None:
+            # DDP waits for every gradient, also of what this step did not use.
+            loss = loss + 0.0 * sum(p.sum() for p in self.inverter.trainable_parameters())
         scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
         self.log_dict(scalars, prog_bar=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -156,16 +187,12 @@ class InversionModule(pl.LightningModule):
         return loss
 
     def _estimate_losses(self, batch: dict[str, Any], features: Tensor) -> dict[str, Tensor]:
-        if not isinstance(self.inverter, DiffusionInverter):
-            raise UserError(f"{type(self.inverter).__name__} estimates no latents; leave estimate_steps at 0.")
+        assert isinstance(self.inverter, DiffusionInverter)
         images, latents = batch.get("image"), batch.get("latents")
         if self.teacher is not None and images is None:
             raise UserError("a teacher looks at images, and the cache holds none; set training.cache=false.")
         wanted = self.teacher(images) if self.teacher is not None and images is not None else None
-        losses = self.inverter.estimate_losses(images, features, latents=latents, embedding=wanted)
-        if self._trainer is not None and self.trainer.world_size > 1:  # several processes wait for every gradient
-            losses["loss"] = losses["loss"] + 0.0 * sum(p.sum() for p in self.inverter.trainable_parameters())
-        return losses
+        return self.inverter.estimate_losses(images, features, latents=latents, embedding=wanted)
 
     def _stop(self, batch: dict[str, Any], features: Tensor, seeds: list[int], loss: float) -> None:
         """End the run at a loss that is not finite, and keep the batch that made it."""
@@ -176,15 +203,6 @@ class InversionModule(pl.LightningModule):
             f"the loss is {loss} at step {self.global_step}; its batch is in {path}. Lower learning_rate "
             f"(now {self.learning_rate}) and start again from the last checkpoint."
         )
-
-    def _row_seeds(self, batch_idx: int, rows: int) -> list[int]:
-        """Seeds of this process's rows; the batch as a whole has the same ones on any number of processes."""
-        accumulate, rank, world = 1, 0, 1
-        if self._trainer is not None:
-            accumulate, rank = self.trainer.accumulate_grad_batches, self.trainer.global_rank
-            world = self.trainer.world_size
-        step = self.global_step * accumulate + batch_idx % accumulate
-        return sample_seeds(self.seed, step, rows * world)[rank::world]
 
     def features_of(self, batch: dict[str, Any]) -> Tensor:
         """Features (N, C, H, W) of a batch, from its cache or computed."""
@@ -210,13 +228,7 @@ class InversionModule(pl.LightningModule):
         """AdamW with linear warm-up, then a cosine to a twentieth."""
         parameters = list(self.inverter.trainable_parameters())
         optimizer = FusedAdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
-
-        def factor(step: int) -> float:
-            progress = min(1.0, step / self.max_steps)
-            return min(1.0, (step + 1) / self.warmup_steps) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return cosine_schedule(optimizer, self.warmup_steps, self.max_steps, least=0.05)
 
     def configure_gradient_clipping(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,20 @@ def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor) -> None:
     parameter.grad = None  # which must have the shape of its parameter at all times
     parameter.data = data
     parameter.grad = grad
+
+
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, least: float
+) -> dict[str, Any]:
+    """An optimizer, as Lightning takes it, with linear warm-up, then a cosine down to the share `least` of its rate."""
+
+    def factor(step: int) -> float:
+        progress = min(1.0, step / max_steps)
+        warm = min(1.0, (step + 1) / max(1, warmup_steps))
+        return warm * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 @torch.no_grad()

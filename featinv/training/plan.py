@@ -30,6 +30,7 @@ from featinv.inverters.build import build_inverter
 from featinv.training.cache import cache_bytes
 from featinv.training.costs import BYTES_TRAINED, StepCost, matmul_peak, step_cost
 from featinv.training.precision import lightning_precision, stores_half
+from featinv.training.rows import check_size, stated_size
 
 IMAGENET_IMAGES = 1_281_167
 SHARES = (0.4, 0.15)
@@ -194,11 +195,7 @@ def count_images(config: DictConfig, size: int, problems: list[str]) -> int | No
     Raises:
         UserError: If the images have another size than the inverter draws.
     """
-    stated = config.data.params.train.params.get("size")
-    if stated is not None and stated != size:
-        raise UserError(
-            f"data gives pictures of {stated} px, the inverter draws {size}: set data.params.train.params.size."
-        )
+    check_size(stated_size(config), size)
     try:
         data = instantiate(config.data, where="data")
         data.setup()
@@ -207,9 +204,7 @@ def count_images(config: DictConfig, size: int, problems: list[str]) -> int | No
         return IMAGENET_IMAGES if config.data.params.train.target.endswith("ImageNetFolder") else None
     if isinstance(data.train, IterableDataset):
         return None
-    found = data.train[0]["image"].shape[-1]
-    if found != size:
-        raise UserError(f"data gives pictures of {found} px, the inverter draws {size}.")
+    check_size(data.train[0]["image"].shape[-1], size)
     return len(data.train)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,17 +20,8 @@ from featinv.inverters.build import load_trained
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.adversary import Adversary
 from featinv.training.ema import EMA
-from featinv.training.module import sample_seeds
-from featinv.training.optimizers import FusedAdamW, match_layout
-
-
-def _cosine_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int) -> dict[str, Any]:
-    def factor(step: int) -> float:
-        progress = min(1.0, step / max_steps)
-        return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+from featinv.training.module import row_seeds
+from featinv.training.optimizers import FusedAdamW, cosine_schedule, match_layout
 
 
 def _trainable(part: nn.Module) -> list[nn.Parameter]:
@@ -110,6 +100,11 @@ class FirstStageModule(pl.LightningModule):
         if self._adversary[0] is not None:
             self._adversary[0].follow(self.device)
 
+    def on_fit_end(self) -> None:
+        """Return the backbone to the CPU, as Lightning does with this module: what comes next uses both."""
+        if self._backbone[0] is not None:
+            self._backbone[0] = self._backbone[0].to("cpu")
+
     def _disturb(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Latents (N, C, h, w) with noise of a random strength on every second row."""
         strength = torch.randn(len(latents), 1, 1, 1, generator=generator, device=latents.device).abs()
@@ -121,11 +116,12 @@ class FirstStageModule(pl.LightningModule):
         """One step on batch["image"] (N, 3, H, W)."""
         images, backbone = batch["image"], self._backbone[0]
         posterior = self.first_stage.distribution(images)
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+        seed = self.seed + 1_009 * self.global_rank  # else every process would draw the same
+        generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + self.global_step)
         latents, drawn = self._disturb(posterior.sample(generator), generator), 0
         if self._drawer[0] is not None:
             drawn = min(self.feature_rows, len(images)) // 2
-            seeds = sample_seeds(self.seed, self.global_step, drawn)
+            seeds = row_seeds(self, self.seed, batch_idx, drawn)
             latents = torch.cat([self._drawer[0](images[:drawn], seeds, self.first_stage).to(latents), latents[drawn:]])
         again = self.first_stage.synthesise(latents)
         error = (again[drawn:] - images[drawn:]).square().mean()
@@ -177,7 +173,7 @@ class FirstStageModule(pl.LightningModule):
         rates = [(stage.vae, rate), (stage.shortcut, rate / 20), (stage.finish, rate)]
         groups = [{"params": _trainable(part), "lr": rate} for part, rate in rates if part is not None]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=1e-4)
-        return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
+        return cosine_schedule(optimizer, self.warmup_steps, self.max_steps, least=0.02)
 
 
 def _train_only(first_stage: FirstStage, trained: str) -> None:
@@ -249,7 +245,7 @@ class PriorModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step on batch["latents"] (N, C, h, w)."""
         latents = batch["latents"]
-        noise, timesteps = self.loss.draw(latents, sample_seeds(self.seed, self.global_step, len(latents)))
+        noise, timesteps = self.loss.draw(latents, row_seeds(self, self.seed, batch_idx, len(latents)))
 
         def denoiser(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
             return unconditional(self.prior.unet, self.prior.text["null"], noisy_latents, timesteps)
@@ -276,7 +272,7 @@ class PriorModule(pl.LightningModule):
         optimizer = FusedAdamW(
             self.prior.unet.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
         )
-        return _cosine_schedule(optimizer, self.warmup_steps, self.max_steps)
+        return cosine_schedule(optimizer, self.warmup_steps, self.max_steps, least=0.02)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the UNet and its average only: the first stage has its own checkpoint, and may have changed since."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from featinv.config import differences, instantiate
@@ -27,19 +29,20 @@ FREE |= {"devices", "strategy", "accelerator", "compile"}
 """Settings under `training` that may differ between a run and its continuation: the weights do not depend on them."""
 
 
-def keep_config(config: DictConfig, folder: Path, changed: bool = False) -> None:
+def keep_config(config: DictConfig, folder: Path, changed: bool = False, stages: Sequence[str] = (".",)) -> None:
     """Write `folder`/config.yaml; a run that has begun must go on with the configuration it began with.
 
     Args:
         config: The run's configuration.
         folder: The run's folder.
         changed: Go on although the configuration has changed.
+        stages: Folders in it in which there may be checkpoints; it has begun if there is one.
 
     Raises:
         UserError: If it has changed and `changed` is not set; the differences are listed.
     """
     path = folder / "config.yaml"
-    if path.is_file() and last_checkpoint(folder) is not None:
+    if path.is_file() and any(last_checkpoint(folder / stage) is not None for stage in stages):
         free = {f"training.{name}" for name in FREE}
         changes = [x for x in differences(OmegaConf.load(path), config) if x.partition(":")[0] not in free]  # type: ignore[arg-type]
         if changes and not changed:
@@ -62,8 +65,9 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
     Unreadable images are named in `folder`/skipped.json.
 
     Raises:
-        UserError: If the disk is too small.
+        UserError: If the disk is too small, or the images have another size than the inverter draws.
     """
+    check_size(stated_size(config), module.inverter.size)
     data = instantiate(config.data, where="data")
     data.setup()
     dataset, settings = data.train, config.training
@@ -71,6 +75,7 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
         dataset.write_report(folder / "skipped.json")
     if isinstance(dataset, IterableDataset):
         return dataset
+    check_size(dataset[0]["image"].shape[-1], module.inverter.size)
     if not settings.cache:
         return BatchedRows(dataset)
     first_stage = training_first_stage(module.inverter)
@@ -88,8 +93,27 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
     )
 
 
+def stated_size(config: DictConfig) -> int | None:
+    """The side of the training images in pixels, where the configuration says it."""
+    return OmegaConf.select(config, "data.params.train.params.size")
+
+
+def check_size(found: int | None, size: int) -> None:
+    """Raise UserError if training images are known to have a side of `found` pixels, and an inverter draws another."""
+    if found not in (None, size):
+        raise UserError(
+            f"data gives pictures of {found} px, the inverter draws {size}: set data.params.train.params.size."
+        )
+
+
 def held_out_images(config: DictConfig, count: int) -> Tensor:
-    """The first `count` validation images, (N, 3, H, W) in [0, 1]."""
+    """The first `count` validation images, (N, 3, H, W) in [0, 1].
+
+    Raises:
+        UserError: If there are none.
+    """
+    if count < 1:
+        raise UserError(f"training.probe_images must be at least 1, not {count}.")
     data = instantiate(config.data, where="data")
     data.setup()
     if data.val is None:
@@ -98,20 +122,43 @@ def held_out_images(config: DictConfig, count: int) -> Tensor:
     return torch.stack([data.val[i]["image"] for i in range(count)])
 
 
+@contextlib.contextmanager
+def on_device(module: InversionModule, device: torch.device) -> Iterator[None]:
+    """Let the backbone and the first stage compute on a device; afterwards they are back, for Lightning to move."""
+    parts = module.backbone, training_first_stage(module.inverter)
+    _move(parts, device)
+    try:
+        yield
+    finally:
+        _move(parts, torch.device("cpu"))
+
+
+def _move(parts: Iterable[nn.Module | None], device: torch.device) -> None:
+    for part in parts:
+        if part is not None:
+            part.to(device)
+
+
 @torch.no_grad()
 def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: int, folder: Path) -> None:
-    """Let the inverter fit what it solves in closed form, from the first `images` rows, unless the run has begun."""
+    """Let the inverter fit what it solves in closed form, from the first `images` rows, unless the run has begun.
+
+    Latents are read from the cache, but computed only for an encoder with a linear estimate: no other asks for them.
+    """
     if not images or isinstance(dataset, IterableDataset) or last_checkpoint(folder) is not None:
         return
     features, latents, first_stage = [], [], training_first_stage(module.inverter)
-    total = min(images, len(dataset))  # type: ignore[arg-type]
+    asked = getattr(getattr(module.inverter, "encoder", None), "linear", None) is not None
+    total, device = min(images, len(dataset)), module.backbone.mean.device  # type: ignore[arg-type]
     for start in range(0, total, 64):
         batch = dataset[list(range(start, min(start + 64, total)))]  # type: ignore[index]
+        if "image" in batch:
+            batch["image"] = batch["image"].to(device)
         features.append(module.features_of(batch).cpu())
         if "latents" in batch:
             latents.append(batch["latents"])
-        elif first_stage is not None:
-            latents.append(first_stage.encode(batch["image"]))
+        elif first_stage is not None and asked:
+            latents.append(first_stage.encode(batch["image"]).cpu())
     log.info("fitting whitening and linear estimate on %d images", total)
     module.inverter.prepare(torch.cat(features), torch.cat(latents) if latents else None)
 

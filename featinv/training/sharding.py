@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featinv.errors import UserError
 
-CALLS = ("training_losses", "draw", "posterior_mean")
+CALLS = ("training_losses", "estimate_losses", "draw", "posterior_mean")
 """What is asked of a sharded inverter; its weights come together for the length of each of these."""
 
 
