@@ -52,6 +52,8 @@ def _skeleton(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 def _flatten(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(node, Tensor):
+        while name in tensors:  # keys with dots in them: {"a": {"b.c": ...}, "a.b": {"c": ...}}
+            name += "'"
         tensors[name] = node.detach().cpu().contiguous()
         return {"tensor": name}
     if isinstance(node, dict):

@@ -77,6 +77,9 @@ def test_checkpoint_holds_nested_structures_and_never_code(tmp_path) -> None:
     again = load_checkpoint(tmp_path / "c.safetensors")
     assert torch.equal(again["a"], again["b"]) and torch.equal(again["row"], whole[1])
     assert torch.equal(again["turned"], whole.T)
+    dotted = {"model": {"x.y": torch.zeros(1)}, "model.x": {"y": torch.ones(1)}}
+    save_checkpoint(tmp_path / "c.safetensors", dotted)
+    assert load_checkpoint(tmp_path / "c.safetensors") == dotted
     with pytest.raises(UserError, match="cannot hold"):
         save_checkpoint(tmp_path / "d.safetensors", {"f": print})
 

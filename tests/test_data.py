@@ -326,8 +326,8 @@ def test_class_index_file_orders_the_classes(tmp_path: Path) -> None:
     data = ImageNetFolder(tmp_path, size=8)
     assert {item["id"]: item["label"] for item in data} == {"dog__images__1": 0, "cat__1": 2}
     index = tmp_path / "index.json"
-    for content in (["cat", "dog"], {"0": ["cat", "x"], "1": ["dog", "y"]}):
-        index.write_text(json.dumps(content))
+    for content in (["cat", "dog"], {"0": ["cat", "x"], "1": ["dog", "y"]}, {"1": "dog", "0": "cat"}):
+        index.write_text(json.dumps(content), encoding="utf-8-sig")
         assert read_class_index(index) == ["cat", "dog"]
     index.write_text('["cat"]')
     with pytest.raises(UserError, match="dog.*not in the class index"):

@@ -161,10 +161,12 @@ def read_class_index(path: str | os.PathLike[str]) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             content = json.loads(text)
-            names = [content[str(i)][0] for i in range(len(content))] if isinstance(content, dict) else list(content)
+            if isinstance(content, dict):
+                content = [content[str(i)] for i in range(len(content))]
+            names = [name if isinstance(name, str) else name[0] for name in content]
         else:
             names = [line.split()[0] for line in text.splitlines() if line.strip()]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
