@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from featinv.errors import UserError
 
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
+FACTORIES = ("featinv.backbones.bundled.bundled_backbone",)
+"""Functions that a checkpoint's configuration may name; all else are classes."""
+_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^${}'\"]*)?\}")  # gives a string, a data set's root
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -168,25 +172,31 @@ def resolve_target(target: str, where: str = "target") -> Callable[..., Any]:
 
 
 def refuse_foreign(node: Any, where: str) -> None:
-    """Check that a configuration that came with a checkpoint builds nothing but what this package defines.
+    """Check that a configuration that comes with a checkpoint builds nothing but this package's own classes.
 
-    Any importable function could be a target, `os.system` too; your own classes live beneath `featinv`.
+    Any importable function could be a target, `os.system` too, or a function of ours that writes files; your own
+    classes live beneath `featinv`. What would be resolved only later, `${...}`, could become anything, unless it is a
+    variable of the environment.
 
     Raises:
         UserError: If it names anything else.
     """
+    if isinstance(node, str) and "${" in _FROM_ENVIRONMENT.sub("", node):
+        raise UserError(f"{where} holds {node[:80]!r}, which is resolved when it is built and could run any code.")
     if isinstance(node, list | tuple):
         for part in node:
             refuse_foreign(part, where)
     if isinstance(node, Mapping):
-        for part in node.values():
+        for part in (*node.keys(), *node.values()):
             refuse_foreign(part, where)
         target = node.get("target")
-        if isinstance(target, str):
-            own = target.startswith("featinv.") and "${" not in target
-            defined = getattr(resolve_target(target, where), "__module__", None) if own else None
-            if not str(defined).startswith("featinv."):
-                raise UserError(f"{where} names {target!r}, which is not featinv's own and could run any code.")
+        if isinstance(target, str) and target not in FACTORIES:
+            found = resolve_target(target, where) if target.startswith("featinv.") else None
+            if not inspect.isclass(found) or not found.__module__.startswith("featinv."):
+                raise UserError(
+                    f"{where} names {target!r}, which is no class of featinv's and could run any code; classes of your "
+                    "own belong beneath featinv/."
+                )
 
 
 def check_params(function: Callable[..., Any], params: Sequence[str], where: str) -> None:

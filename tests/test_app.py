@@ -35,6 +35,8 @@ def runs(tmp_path_factory, backbone):
     save_checkpoint(root / "runs" / "prior" / "last.safetensors", {"weights": torch.zeros(2)})
     (root / "runs" / "broken").mkdir()
     (root / "runs" / "broken" / "last.safetensors").write_bytes(b"no tensors")
+    foreign = {"inverter": {"target": "elsewhere.Inverter"}, "backbone": {"target": "elsewhere.Backbone"}}
+    save_checkpoint(root / "runs" / "foreign" / "inverter.safetensors", {"featinv": {"config": foreign}})
     return root / "runs"
 
 

@@ -71,6 +71,12 @@ def test_listed_layer_equals_a_hook_on_the_same_module() -> None:
     assert torch.allclose(listed(images), kept[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["hrnet_w18_small", "mvitv2_tiny"])  # whose listed layers are not all modules
+def test_every_listed_layer_can_be_chosen(name: str) -> None:
+    backbone = load_backbone(name, pretrained=False)
+    assert [backbone.at(layer).layer for layer in backbone.layers] == backbone.layers
+
+
 def test_gradient_reaches_the_image_and_no_weight() -> None:
     backbone = load_backbone("resnet10t", pretrained=False, input_size=64).train()
     images = torch.rand(1, 3, 50, 70, requires_grad=True)

@@ -349,7 +349,12 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
     write_images(tmp_path, ["all/a.png", "elsewhere/b.png"])
     (tmp_path / "all" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "all" / "round").symlink_to(tmp_path / "all")
-    assert [item["id"] for item in FlatFolder(tmp_path / "all", size=8)] == ["a", "linked__b"]
+    (tmp_path / "all" / "up").symlink_to(tmp_path)
+    (tmp_path / "all" / "sub").mkdir()
+    write_images(tmp_path, ["all/sub/c.png"])
+    (tmp_path / "all" / "an_alias").symlink_to(tmp_path / "all" / "sub")  # the folder's own name is kept
+    (tmp_path / "all" / "second").symlink_to(tmp_path / "elsewhere")
+    assert [item["id"] for item in FlatFolder(tmp_path / "all", size=8)] == ["a", "linked__b", "sub__c"]
 
 
 def test_a_name_in_another_encoding_gets_an_id(tmp_path: Path) -> None:

@@ -265,6 +265,15 @@ def test_no_loader_executes_a_pickle(tmp_path, monkeypatch) -> None:
         {"target": "featinv.files.fcntl", "params": {}},  # of another module, though reached through ours
         {"target": "featinv.config.${name}", "params": {}},
         {"target": "featinv.inverters.diffusion.DiffusionInverter", "params": {"x": [{"target": "os.getcwd"}]}},
+        {"target": "featinv.files.write_text", "params": {"path": "pwned", "text": ""}},  # ours, but no class
+        {
+            "target": "featinv.inverters.diffusion.DiffusionInverter",
+            "params": {"guidance": "${oc.decode:'{target: os.system, params: {command: touch pwned}}'}"},
+        },
+        {
+            "target": "featinv.inverters.diffusion.DiffusionInverter",
+            "params": {"guidance": "${oc.env:HOME,${oc.decode:'{target: os.system}'}}"},
+        },
     ],
 )
 def test_a_stored_configuration_builds_nothing_foreign(tmp_path, monkeypatch, node) -> None:

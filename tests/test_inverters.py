@@ -1,10 +1,14 @@
 import inspect
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_prior
+from diffusers import DDPMScheduler
 from torch.utils.data import Subset
 
 from eval.classic_studies import WithBar
@@ -90,6 +94,11 @@ def test_interrupted_reconstruction_finishes_without_repeating(tmp_path) -> None
         reconstruct(second, backbone, [items[0] | {"image": items[1]["image"]}, *items[1:]], tmp_path, **settings)
     with pytest.raises(UserError, match=r"features_of.layer: final -> layer1"):
         reconstruct(second, backbone.at("layer1"), items, tmp_path, **settings)
+    del manifest["about"]["inverter"], manifest["about"]["features_of"]  # as folders of old have it
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    third = _Recorder()
+    reconstruct(third, backbone, items, tmp_path, **settings)
+    assert third.painted == 0
 
 
 def test_a_description_changes_with_whatever_changes_the_pictures(prior, backbone) -> None:
@@ -112,6 +121,13 @@ def test_a_description_changes_with_whatever_changes_the_pictures(prior, backbon
     seen.append(describe(matched(inverter, backbone, ("refined",), {"refined": {"steps": 3}})))
     bars = [WithBar(OptimizationInverter(backbone, size=32, steps=steps), "x") for steps in (2, 3)]
     seen += [describe(Subset(range(300), range(n))) for n in (100, 101)] + [describe(bar) for bar in bars]
+    for changed in ({}, {"prediction_type": "epsilon"}, {"beta_end": 0.02}):
+        seen.append(describe(DDPMScheduler.from_config(prior.scheduler.config, **changed)))
+    latent = [OptimizationInverter(backbone, 32, parametrisation="latent", prior=tiny_prior()) for _ in range(2)]
+    with torch.no_grad():
+        next(latent[1]._prior.first_stage.parameters()).mul_(1.1)
+    seen += [describe(x) for x in latent]
+    seen += [describe([thing]) for thing in (Path("a"), Path("b"), torch.float16, np.float32(2), np.arange(2), len)]
     assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
 
 
@@ -123,10 +139,10 @@ def test_a_description_changes_with_whatever_changes_the_pictures(prior, backbon
 def test_what_draws_keeps_its_arguments_under_their_names(kind: type) -> None:
     """Else `describe` would not see them; what is held in another object or in the weights is left out."""
     source = inspect.getsource(kind.__init__)
-    elsewhere = {"snr_gamma", "gated", "components", "width", "prior", "backbone"}
+    elsewhere = {"snr_gamma", "gated", "components", "width"}
     elsewhere |= {"tv_weight", "tv_beta", "l2_weight"} if kind is OptimizationInverter else set()
     for name in set(inspect.signature(kind).parameters) - elsewhere:
-        assert re.search(rf"self\.{name}\b", source), name
+        assert re.search(rf"self\._?{name}\b", source), name
 
 
 def test_step_batches_resume_where_they_stopped_and_cover_every_row() -> None:

@@ -82,7 +82,7 @@ class TimmBackbone(Backbone):
     def _cut(self) -> None:
         self._rest: RestOfNetwork | None = None
         modules = dict(self.model.named_modules())
-        if self.layer not in ("final", *modules) or not self.layer:
+        if not self.layer or not (self.layer in ("final", *modules) or self._is_intermediate(self.layer)):
             names = ["final", *self._listed, *modules][:400]
             raise UserError(f"{self.name} has no layer {self.layer!r}: {nearest(self.layer, names)}")
 

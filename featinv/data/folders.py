@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +126,26 @@ def pictures(path: str | os.PathLike[str], size: int) -> ImageList:
 
 
 def list_images(folder: Path, recursive: bool = True) -> list[str]:
-    """List image files (by suffix, hidden ones left out) as sorted paths relative to `folder`; links are followed."""
-    found, seen = [], set[str]()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above, or a second one to the same
-            folders.clear()
-            continue
-        seen.add(real)
+    """List image files (by suffix, hidden ones left out) as sorted paths relative to `folder`.
+
+    Links to other folders are followed, each once; one into the folder itself, or to one above it, is left out.
+    """
+    return sorted(path.relative_to(folder).as_posix() for path in _walk(folder, recursive, set()))
+
+
+def _walk(folder: Path, recursive: bool, seen: set[str]) -> Iterator[Path]:
+    links = []
+    for parent, folders, files in os.walk(folder):
+        seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        links += [path for name in folders if (path := Path(parent) / name).is_symlink()]
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                found.append((Path(parent) / name).relative_to(folder).as_posix())
-    return sorted(found)
+                yield Path(parent) / name
+    for link in links:
+        real = os.path.realpath(link)
+        if not any(known == real or known.startswith(real + os.sep) for known in seen):
+            yield from _walk(link, recursive, seen)
 
 
 def has_class_folders(folder: Path) -> bool:

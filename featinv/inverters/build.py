@@ -136,10 +136,15 @@ def prior_fingerprint(prior: DiffusionPrior) -> str:
 
 
 def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str, Any]:
-    """What a checkpoint must know to be loaded: resolved configuration, feature spec, and which prior."""
-    prior = getattr(inverter, "prior", None)
+    """What a checkpoint must know to be loaded: resolved configuration, feature spec, and which prior.
+
+    Raises:
+        UserError: If the configuration names what no checkpoint may; see `refuse_foreign`.
+    """
+    prior, resolved = getattr(inverter, "prior", None), OmegaConf.to_container(config, resolve=True)
+    refuse_foreign(resolved, "the configuration")
     return {
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": resolved,
         "spec": dataclasses.asdict(spec),
         "prior": prior_fingerprint(prior) if isinstance(prior, DiffusionPrior) else None,
         "branch": branch_fingerprint(inverter) if config.get("branch_of") else None,

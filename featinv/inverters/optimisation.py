@@ -87,7 +87,7 @@ class OptimizationInverter:
         self.start, self.batch_size = start, batch_size
         self.jitter, self.scale = jitter, scale
         loaded = load_prior(prior) if isinstance(prior, str) else prior
-        self._first_stage = loaded.first_stage if loaded is not None and parametrisation == "latent" else None
+        self._prior = loaded if parametrisation == "latent" else None
 
     def invert(
         self,
@@ -112,8 +112,8 @@ class OptimizationInverter:
         """
         if len(seeds) != len(features):
             raise UserError(f"{len(features)} feature maps need as many seeds, not {len(seeds)}.")
-        if self._first_stage is not None:
-            self._first_stage.to(features.device)
+        if self._prior is not None:
+            self._prior.first_stage.to(features.device)
         begin = self._start(seeds, start).to(features)
         weights = None if mask is None else mask.to(features).expand_as(features)
         step = 1 if self.optimizer == "lbfgs" else self.batch_size
@@ -139,7 +139,8 @@ class OptimizationInverter:
         return (difference.square().flatten(1).sum(1) / energy + self.regulariser(images)).sum()
 
     def _descend(self, features: Tensor, start: Tensor, mask: Tensor | None, callback: Progress | None) -> Tensor:
-        free = parametrise(self.parametrisation, start, self._first_stage)
+        first_stage = None if self._prior is None else self._prior.first_stage
+        free = parametrise(self.parametrisation, start, first_stage)
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adam":
             optimizer = torch.optim.Adam([free.tensor], lr=self.learning_rate)

@@ -28,6 +28,7 @@ from featinv.processes import first_does, own_share, process_rank, wait_for_all
 
 log = logging.getLogger(__name__)
 
+_DESCRIBED = ("inverter", "features_of")
 _COMPARED = 16  # originals that are read again on resuming, to see that they are still the same
 
 
@@ -120,6 +121,9 @@ def _prepare(
     manifest: dict[str, Any] = {"about": about, "seed": seed, "images": []}
     if path.is_file():
         made, now = ({"seed": x["seed"], **x["about"]} for x in (read_json(path), json.loads(json.dumps(manifest))))
+        if not set(_DESCRIBED) & set(made):
+            log.warning("%s does not say which inverter drew it; it is taken for the same.", path)
+            now = {name: value for name, value in now.items() if name not in _DESCRIBED}
         if changed := differences(made, now):
             raise UserError(
                 f"{folder} holds reconstructions with other settings ({'; '.join(changed[:3])}); choose another folder "
@@ -189,7 +193,7 @@ def reconstruct(
     folder = Path(folder)
     with contextlib.ExitStack() as held:
         first_does(lambda: held.enter_context(run_lock(folder)))
-        about = {**(about or {}), "inverter": describe(inverter), "features_of": describe(backbone)}
+        about = {**(about or {}), **dict(zip(_DESCRIBED, map(describe, (inverter, backbone)), strict=True))}
         manifest = first_does(lambda: _prepare(items, folder, samples, seed, size, about, originals))
         todo = first_does(lambda: _missing(manifest, folder, size))
         if len(todo) < samples * len(items):

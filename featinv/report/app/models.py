@@ -82,7 +82,8 @@ def found_inverters(root: str | Path = "runs") -> list[str]:
 
 def _is_inverter(folder: Path) -> bool:
     try:
-        return "featinv" in read_header(find_inverter(folder))
+        description(read_header(find_inverter(folder)), folder)
+        return True
     except UserError as error:
         log.warning("left out: %s", error)
         return False
