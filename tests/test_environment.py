@@ -45,6 +45,7 @@ def test_every_third_party_import_is_required() -> None:
     names = {
         "pytorch_lightning": "pytorch-lightning",
         "PIL": "pillow",
+        "yaml": "pyyaml",
         "skimage": "scikit-image",
         "sklearn": "scikit-learn",
         "open_clip": "open_clip_torch",

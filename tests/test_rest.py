@@ -127,7 +127,7 @@ def test_a_layers_map_is_what_the_module_gave(layer: str) -> None:
 
 def test_windows_are_no_images() -> None:
     swin = load_backbone("swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", pretrained=False)
-    with pytest.raises(UserError, match="one row an image"):
+    with pytest.raises(UserError, match="each whole image"):
         swin(torch.rand(1, 3, 224, 224))
 
 

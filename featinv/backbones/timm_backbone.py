@@ -96,7 +96,7 @@ class TimmBackbone(Backbone):
             )[0]
         output = hooked_output(self.model, self.model.get_submodule(self.layer), x)
         if output is None or len(output) != len(x):
-            raise UserError(f"layer {self.layer!r} of {self.name} gives no tensor of one row an image.")
+            raise UserError(f"layer {self.layer!r} of {self.name} is not run on each whole image, or gives no tensor.")
         return self._nchw(output)
 
     def _nchw(self, x: Tensor) -> Tensor:
