@@ -49,8 +49,7 @@ def find_concept(
     Args:
         word: "mean:FACTOR=CLASS" and "probe:FACTOR=CLASS" (a class mean, of an object's factor over the positions that
             the object covers, and a linear probe; FACTOR of scenes, or "class" for the backbone's own predicted class
-            index), "nmf:K" and "subspace:K" (the K-th of `count`), or
-            "text:PROMPT" (OpenCLIP).
+            index), "nmf:K" and "subspace:K" (the K-th of `count`), or "text:PROMPT" (OpenCLIP).
         backbone: Of whose features.
         examples: Pictures to find it in.
         count: Factors or subspaces that the features are taken apart into.

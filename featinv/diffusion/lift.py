@@ -148,7 +148,7 @@ class FeatureLift(nn.Module):
     ) -> Tensor:
         """Last maps (N, C', H', W') and N seeds -> earlier maps (N, C, H, W), row i from features[i] and seeds[i].
 
-        Called as callback(step, noisy) after every Euler step, if there is one.
+        A callback is called as callback(step, maps) after every Euler step, with the normalised maps (N, C, H, W).
         """
         condition, _ = self.condition(features)
         steps, shape = self.num_inference_steps, (self.spec.channels, self.spec.height, self.spec.width)
