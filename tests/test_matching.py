@@ -16,6 +16,7 @@ from featinv.applications.matching import (
     settings_of,
     split_name,
 )
+from featinv.applications.refine import refine
 from featinv.errors import UserError
 from featinv.metrics.features import feature_cosine
 
@@ -53,6 +54,24 @@ def test_refined_pictures_come_nearer_each_on_its_own_until_the_tolerance() -> N
     assert (feature_cosine(features, backbone(few)) < after).all()
     exact = Mosaic().invert(features, seeds=[0] * 3)
     assert torch.equal(RefinedInverter(Mosaic(), backbone).invert(features, seeds=[0] * 3), exact)
+
+
+def test_a_picture_that_has_passed_is_not_looked_at_again() -> None:
+    class Counting(Cells):
+        rows = 0
+
+        def __call__(self, images):
+            type(self).rows += len(images)
+            return super().__call__(images)
+
+    features = torch.rand(4, 3, 8, 8)
+    start = Noise().invert(features, seeds=[0] * 4)
+    alone = [refine(Cells(), features[i : i + 1], start[i : i + 1], steps=200, tolerance=0.99) for i in range(4)]
+    found = refine(Counting(), features, start, steps=200, tolerance=0.99)
+    assert found.steps.tolist() == [int(one.steps) for one in alone] and found.reached.all()
+    assert torch.equal(found.images, torch.cat([one.images for one in alone]))
+    # Every picture: at the start of the search, for `before`, before its first step and after each.
+    assert Counting.rows == 4 * 3 + int(found.steps.sum())
 
 
 def test_latents_are_moved_where_there_is_a_first_stage(inverter, backbone) -> None:

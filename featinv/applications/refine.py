@@ -153,11 +153,12 @@ class _Search:
         return bool((self.cosine >= self.tolerance).all())
 
     def step(self, number: int) -> None:
-        """Look where the last step has led, then take the next."""
+        """Look where the last step has led, then take the next; what has passed is not looked at again."""
+        rows = self._rows(self.cosine < self.tolerance)
         with torch.enable_grad():
-            images, match = self._look()
+            images, match = self._look(rows)
             self.free.tensor.grad = torch.autograd.grad((1 - match).sum(), self.free.tensor)[0]
-        self._remember(images.detach(), match.detach())
+        self._remember(rows, images.detach(), match.detach())
         active = self.cosine < self.tolerance
         finite = self.free.tensor.grad.flatten(1).isfinite().all(1)
         self.skipped += (active & ~finite).cpu()
@@ -167,12 +168,18 @@ class _Search:
     @torch.no_grad()
     def finish(self) -> None:
         """Look where the last step has led."""
-        self._remember(*self._look())
+        rows = self._rows(self.moved)
+        if len(rows):
+            self._remember(rows, *self._look(rows))
 
-    def _look(self) -> tuple[Tensor, Tensor]:
-        """The pictures, which every parametrisation keeps in [0, 1], and their cosines."""
-        images = self.free.images()
-        return images, F.cosine_similarity(self.backbone(images).flatten(1), self.features.flatten(1))
+    @staticmethod
+    def _rows(mask: Tensor) -> Tensor:
+        return mask.nonzero()[:, 0]
+
+    def _look(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The pictures of some rows, which every parametrisation keeps in [0, 1], and their cosines."""
+        images = self.free.images(rows)
+        return images, F.cosine_similarity(self.backbone(images).flatten(1), self.features[rows].flatten(1))
 
     @torch.no_grad()
     def _descend(self, rows: Tensor) -> None:
@@ -186,8 +193,8 @@ class _Search:
         free.copy_(torch.where(mask, free, held))
 
     @torch.no_grad()
-    def _remember(self, images: Tensor, cosine: Tensor) -> None:
-        better = self.moved & (cosine > self.cosine)
-        self.best = torch.where(better[:, None, None, None], images, self.best)
-        self.cosine = torch.where(better, cosine, self.cosine)
-        self.steps[better.cpu()] = self.number
+    def _remember(self, rows: Tensor, images: Tensor, cosine: Tensor) -> None:
+        better = self.moved[rows] & (cosine > self.cosine[rows])
+        chosen = rows[better]
+        self.best[chosen], self.cosine[chosen] = images[better].to(self.best), cosine[better].to(self.cosine)
+        self.steps[chosen.cpu()] = self.number

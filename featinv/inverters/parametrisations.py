@@ -19,13 +19,17 @@ class Parametrisation(Protocol):
 
     tensor: Tensor
 
-    def images(self) -> Tensor:
-        """Images (N, 3, H, W) with their gradient."""
+    def images(self, rows: Tensor | None = None) -> Tensor:
+        """Images (N, 3, H, W) with their gradient; of some `rows` (indices) alone, or of all."""
         ...
 
     def project(self) -> None:
         """Return to the allowed set after a step."""
         ...
+
+
+def _of(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
 
 
 class Pixels:
@@ -38,9 +42,9 @@ class Pixels:
     def __init__(self, start: Tensor):
         self.tensor = start.clone().requires_grad_(True)
 
-    def images(self) -> Tensor:
+    def images(self, rows: Tensor | None = None) -> Tensor:
         """The images (N, 3, H, W)."""
-        return self.tensor
+        return _of(self.tensor, rows)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -65,9 +69,9 @@ class Fourier:
         spectrum = torch.fft.rfft2(torch.logit(start.clamp(0.01, 0.99)), norm="ortho") / self._scale
         self.tensor = torch.view_as_real(spectrum).contiguous().requires_grad_(True)
 
-    def images(self) -> Tensor:
+    def images(self, rows: Tensor | None = None) -> Tensor:
         """The images (N, 3, H, W)."""
-        spectrum = torch.view_as_complex(self.tensor) * self._scale
+        spectrum = torch.view_as_complex(_of(self.tensor, rows)) * self._scale
         return torch.sigmoid(torch.fft.irfft2(spectrum, s=(spectrum.shape[-2], self._width), norm="ortho"))
 
     def project(self) -> None:
@@ -88,9 +92,9 @@ class Latents:
             self.tensor = first_stage.encode(start)
         self.tensor.requires_grad_(True)
 
-    def images(self) -> Tensor:
+    def images(self, rows: Tensor | None = None) -> Tensor:
         """The images (N, 3, H, W)."""
-        return self._first_stage.decode(self.tensor)
+        return self._first_stage.decode(_of(self.tensor, rows))
 
     def project(self) -> None:
         """Every latent is allowed."""
