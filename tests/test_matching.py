@@ -16,7 +16,7 @@ from featinv.applications.matching import (
     settings_of,
     split_name,
 )
-from featinv.applications.refine import refine
+from featinv.applications.refine import _Search, refine
 from featinv.errors import UserError
 from featinv.metrics.features import feature_cosine
 
@@ -72,6 +72,16 @@ def test_a_picture_that_has_passed_is_not_looked_at_again() -> None:
     assert torch.equal(found.images, torch.cat([one.images for one in alone]))
     # Every picture: at the start of the search, for `before`, before its first step and after each.
     assert Counting.rows == 4 * 3 + int(found.steps.sum())
+
+
+def test_a_picture_that_is_not_finite_is_left_as_it_is() -> None:
+    features, start = torch.rand(2, 3, 8, 8), Noise().invert(torch.rand(2, 3, 8, 8), seeds=[1, 2])
+    start[1] = torch.nan
+    found = refine(Cells(), features, start, steps=200, tolerance=0.9)
+    assert found.reached.tolist() == [True, False] and found.images[1].isnan().all() and int(found.steps[1]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Search, "step", lambda *_: pytest.fail("there is nothing to move"))
+        assert refine(Cells(), features[1:], start[1:], steps=5).images.isnan().all()
 
 
 def test_latents_are_moved_where_there_is_a_first_stage(inverter, backbone) -> None:

@@ -150,7 +150,8 @@ class _Search:
         self.number, self.moved = 0, torch.zeros_like(self.cosine, dtype=torch.bool)
 
     def done(self) -> bool:
-        return bool((self.cosine >= self.tolerance).all())
+        """Whether nothing is left to move: what has no number cannot be."""
+        return not bool((self.cosine < self.tolerance).any())
 
     def step(self, number: int) -> None:
         """Look where the last step has led, then take the next; what has passed is not looked at again."""
