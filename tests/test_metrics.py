@@ -42,7 +42,7 @@ from featinv.metrics.features import (
     topk_agreement,
 )
 from featinv.metrics.images import PSNR_CAP, embedding_diversity, pixel_diversity, psnr, ssim
-from featinv.metrics.intervals import bootstrap_mean, bootstrap_r2
+from featinv.metrics.intervals import bootstrap_mean, bootstrap_r2, resampled_interval
 from featinv.metrics.names import short_names
 from featinv.metrics.networks import inception_embedder, lpips_network
 from featinv.metrics.rows import Judges, Row, evaluate_rows
@@ -324,6 +324,33 @@ def test_kernel_distance_is_unbiased_and_frechet_is_not() -> None:
     assert min(shifted) > float(kid.mean() + kid.std())
 
 
+def naive_paired_kid(a: Tensor, b: Tensor) -> float:
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return (float(x @ y) / len(x) + 1) ** 3
+
+    others = list(itertools.permutations(range(len(a)), 2))
+    parts = [np.mean([kernel(x[i], y[j]) for i, j in others]) for x, y in ((a, a), (b, b), (a, b))]
+    return float(parts[0] + parts[1] - 2 * parts[2])
+
+
+def test_kernel_distance_of_pairs_leaves_out_own_partners_and_so_what_they_have_in_common() -> None:
+    a, b = random(9, 6), random(9, 6, seed=1) + 0.3
+    assert kernel_distance(a, b, paired=True) == pytest.approx(naive_paired_kid(a, b), rel=1e-9)
+    with pytest.raises(UserError, match="no pairs"):
+        kernel_distance(a, b[:8], paired=True)
+    # Nine tenths in common, one distribution: 0 is right, and what counts own partners says less.
+    kids = []
+    for s in range(60):
+        real, other = random(40, 6, seed=2 * s), random(40, 6, seed=2 * s + 1)
+        near = 0.9 * real + (1 - 0.9**2) ** 0.5 * other
+        kids.append([kernel_distance(real, near, paired=paired) for paired in (True, False)])
+        figures = summarise({}, {"net": real}, {"net": near}, distribution_resamples=2)
+        assert figures["kid_net"]["value"] == pytest.approx(kids[-1][0])
+    right, low = torch.tensor(kids).T
+    assert abs(right.mean()) < 3 * right.std() / math.sqrt(len(kids))
+    assert low.mean() < -3 * low.std() / math.sqrt(len(kids))
+
+
 def test_kernel_distance_subsets_are_seeded_and_agree_with_the_whole() -> None:
     a, b = random(200, 6), random(150, 6, seed=1) + 0.5
     first, again = (kernel_distance(a, b, subset_size=50, seed=3) for _ in range(2))
@@ -516,6 +543,26 @@ def test_interval_of_a_distance_has_the_spread_of_fresh_samples() -> None:
         assert kid["low"] < kid["value"] < kid["high"]
         widths.append(kid["high"] - kid["low"])
     assert np.mean(widths) == pytest.approx(2 * 1.96 * spread, rel=0.35)
+
+
+@pytest.mark.parametrize("resamples", [2, 5, 50])
+def test_few_resamples_give_an_interval_that_covers_as_often_as_it_says(resamples: int) -> None:
+    generator = torch.Generator().manual_seed(resamples)
+    truth, covered = 3.0, 0
+    for _ in range(2000):  # of an ideal bootstrap, whose resamples lie about the value as that lies about the truth
+        value = truth + float(torch.randn((), generator=generator))
+        interval = resampled_interval(value, value + 0.7 + torch.randn(resamples, generator=generator), 9)
+        covered += interval["low"] <= truth <= interval["high"]
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_resamples_that_are_not_finite_are_left_out_and_too_few_give_no_bounds() -> None:
+    samples = torch.tensor([1.0, math.nan, 2.0, math.inf])
+    assert resampled_interval(1.5, samples, 4) == resampled_interval(1.5, samples[[0, 2]], 4)
+    assert resampled_interval(1.5, samples[:2], 4) == {"value": 1.5, "low": None, "high": None, "n": 4}
+    real, fake = random(4, 6), random(4, 6, seed=1)  # of four images one is drawn four times now and then
+    kid = summarise({}, {"net": real}, {"net": fake}, distribution_resamples=5)["kid_net"]
+    assert all(math.isfinite(kid[bound]) for bound in ("low", "value", "high"))
 
 
 # --- factors -----------------------------------------------------------------------------------

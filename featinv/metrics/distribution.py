@@ -100,16 +100,25 @@ def frechet_resampled(real: Tensor, fake: Tensor, rows: Tensor, columns: Tensor)
     return torch.tensor([_frechet(real[i], fake[j]) for i, j in pairs], dtype=torch.float64)
 
 
-def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> float:
+def kernel_distance(
+    real: Tensor,
+    fake: Tensor,
+    *,
+    paired: bool = False,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> float:
     """Kernel distance, KID (Binkowski et al. 2018): unbiased MMD^2 with the kernel (x.y / D + 1)^3.
 
-    The mean over random subsets. Unbiased for independent sets, hence slightly below 0 at times; when both
-    sets are the very same images, its cross term counts each image against itself and the value is below 0 by
-    about 1/N.
+    The mean over random subsets, or all at once where the sets are pairs. Unbiased, hence slightly below 0 at times.
 
     Args:
         real: Embeddings of the originals (N, D).
         fake: Embeddings of the reconstructions (M, D).
+        paired: Whether image i of both sets belongs together. Then no image is compared with its own partner: it is
+            nearer to that one than to others of the same kind, and N such terms of N^2 would take the more from the
+            distance the better a reconstruction, and the fewer images there are.
         subsets: Number of subsets; only one is needed, and taken, when the subset is both whole sets.
         subset_size: Images per subset and side; at most the smaller set.
         seed: Seed of the subsets.
@@ -118,9 +127,14 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 100, subset_si
         Mean MMD^2.
 
     Raises:
-        UserError: If the dimensions differ, a value is not finite, or a set has fewer than two images.
+        UserError: If the dimensions differ, a value is not finite, a set has fewer than two images, or pairs are not.
     """
     real, fake = _checked(real, fake, minimum=2)
+    if paired:
+        if len(real) != len(fake):
+            raise UserError(f"{len(real)} and {len(fake)} images are no pairs.")
+        everything = torch.arange(len(real))[None]
+        return float(kernel_resampled(real, fake, everything, everything, paired=True))
     size = min(subset_size, len(real), len(fake))
     if size == len(real) == len(fake):
         return float(poly_mmd(real, fake))
@@ -133,16 +147,17 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 100, subset_si
     return sum(values) / len(values)
 
 
-def _weighted_kernel_sum(a: Tensor, b: Tensor, a_weights: Tensor, b_weights: Tensor, *, same: bool) -> Tensor:
-    """Sum of w_i v_j k(a_i, b_j) per row of weights (R, N), (R, M); no i = j within one set."""
+def _weighted_kernel_mean(a: Tensor, b: Tensor, a_weights: Tensor, b_weights: Tensor, *, apart: bool) -> Tensor:
+    """Mean of k(a_i, b_j), weighted by w_i v_j, per row of weights (R, N), (R, M); `apart` leaves out i = j."""
     total = torch.zeros(len(a_weights), dtype=torch.float64)
     for start in range(0, len(a), _BLOCK):
         kernel = (a[start : start + _BLOCK] @ b.T / a.shape[1] + 1) ** 3
-        if same:
+        if apart:
             own = torch.arange(len(kernel))
             kernel[own, own + start] = 0.0
         total += (a_weights[:, start : start + _BLOCK] @ kernel * b_weights).sum(1)
-    return total
+    pairs = a_weights.sum(1) * b_weights.sum(1)
+    return total / (pairs - (a_weights * b_weights).sum(1) if apart else pairs)
 
 
 def _counts(picks: Tensor, n: int) -> Tensor:
@@ -151,7 +166,7 @@ def _counts(picks: Tensor, n: int) -> Tensor:
     return torch.zeros(len(picks), n, dtype=torch.float64).scatter_add_(1, picks, ones)
 
 
-def kernel_resampled(real: Tensor, fake: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def kernel_resampled(real: Tensor, fake: Tensor, rows: Tensor, columns: Tensor, *, paired: bool = False) -> Tensor:
     """MMD^2 of resampled whole sets, through one pass over the kernel; no image meets its own copy.
 
     Args:
@@ -159,18 +174,15 @@ def kernel_resampled(real: Tensor, fake: Tensor, rows: Tensor, columns: Tensor) 
         fake: Embeddings (M, D).
         rows: Indices into `real`, (R, N).
         columns: Indices into `fake`, (R, M).
+        paired: As of `kernel_distance`.
 
     Returns:
-        (R,) float64.
+        (R,) float64; NaN where one image was drawn every time.
     """
     real, fake = _checked(real, fake, minimum=2)
     w, v = _counts(rows, len(real)), _counts(columns, len(fake))
-    within = [
-        _weighted_kernel_sum(x, x, c, c, same=True) / (c.sum(1).square() - c.square().sum(1))
-        for x, c in ((real, w), (fake, v))
-    ]
-    cross = _weighted_kernel_sum(real, fake, w, v, same=False) / (w.sum(1) * v.sum(1))
-    return within[0] + within[1] - 2 * cross
+    within = sum(_weighted_kernel_mean(x, x, c, c, apart=True) for x, c in ((real, w), (fake, v)))
+    return within - 2 * _weighted_kernel_mean(real, fake, w, v, apart=paired)
 
 
 def _in_manifold(points: Tensor, support: Tensor, k: int) -> Tensor:

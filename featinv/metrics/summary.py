@@ -9,7 +9,7 @@ from torch import Tensor
 
 from featinv.errors import UserError
 from featinv.metrics import distribution
-from featinv.metrics.intervals import Interval, bootstrap_mean, resample_indices, shifted_interval
+from featinv.metrics.intervals import Interval, bootstrap_mean, resample_indices, resampled_interval
 
 log = logging.getLogger(__name__)
 
@@ -17,21 +17,19 @@ DistributionMetric = Callable[[Tensor, Tensor, int, int], Interval]
 
 
 def _frechet(real: Tensor, fake: Tensor, resamples: int, seed: int) -> Interval:
-    value = distribution.frechet_distance(real, fake)
-    rows, columns = resample_indices(
-        len(real), len(fake), paired=len(real) == len(fake), resamples=resamples, seed=seed
-    )
-    samples = distribution.frechet_resampled(real, fake, rows, columns)
-    return shifted_interval(value, samples, min(len(real), len(fake)))
+    value, paired = distribution.frechet_distance(real, fake), len(real) == len(fake)
+    picks = resample_indices(len(real), len(fake), paired=paired, resamples=resamples, seed=seed)
+    samples = distribution.frechet_resampled(real, fake, *picks)
+    return resampled_interval(value, samples, min(len(real), len(fake)))
 
 
 def _kernel(real: Tensor, fake: Tensor, resamples: int, seed: int) -> Interval:
-    value = distribution.kernel_distance(real, fake, seed=seed)
-    rows, columns = resample_indices(
-        len(real), len(fake), paired=len(real) == len(fake), resamples=resamples, seed=seed
-    )
-    samples = distribution.kernel_resampled(real, fake, rows, columns)
-    return shifted_interval(value, samples, min(len(real), len(fake)))
+    paired = len(real) == len(fake)
+    value = distribution.kernel_distance(real, fake, paired=paired, seed=seed)
+    resamples = max(resamples, KERNEL_RESAMPLES) if resamples else 0
+    picks = resample_indices(len(real), len(fake), paired=paired, resamples=resamples, seed=seed)
+    samples = distribution.kernel_resampled(real, fake, *picks, paired=paired)
+    return resampled_interval(value, samples, min(len(real), len(fake)))
 
 
 def _precision(real: Tensor, fake: Tensor, resamples: int, seed: int) -> Interval:
@@ -56,6 +54,9 @@ DISTRIBUTION_METRICS: dict[str, DistributionMetric] = {
     "identified": _identified,
 }
 """Distribution metrics: name -> function of (real, fake, resamples, seed) giving an interval."""
+
+KERNEL_RESAMPLES = 200
+"""At least so many for a kernel distance, if any: one pass serves them all."""
 
 SMALLEST_SET = 4
 """Images below which no distribution metric is given: precision and recall look at the third neighbour."""
