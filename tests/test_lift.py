@@ -146,6 +146,8 @@ def test_layers_that_cannot_be_lifted_are_refused(backbone) -> None:
         FeatureLift(backbone.at("layer3").spec, backbone, **SIZES)
     with pytest.raises(UserError, match="churn must lie between 0 and 1"):
         FeatureLift(backbone.spec, backbone, **SIZES, churn=1.5)
+    with pytest.raises(UserError, match="a step at least"):
+        FeatureLift(backbone.spec, backbone, **SIZES, num_inference_steps=0)
     odd = backbone.at("layer3")
     odd._spec = FeatureSpec(256, 5, 5, "layer3")
     odd.at = lambda layer: odd
@@ -274,6 +276,8 @@ def test_a_share_of_rows_is_drawn_from_lifted_maps_and_compared_with_them_alone(
         LiftedMaps(tmp_path / "lender")
     with pytest.raises(UserError, match="between 0 and 1"):
         LiftedMaps(tmp_path / "run", share=1.0)
+    with pytest.raises(UserError, match="a step at least"):
+        LiftedMaps(tmp_path / "run", num_inference_steps=0)
 
 
 def test_maps_for_training_can_be_drawn_in_fewer_steps(tmp_path, lifted, backbone) -> None:

@@ -46,7 +46,8 @@ class FeatureLift(nn.Module):
         regression_weight: Of the encoder's own estimate, the mean of all earlier maps.
 
     Raises:
-        UserError: If the features are not of the last map, the layer's sides are odd, or churn is out of range.
+        UserError: If the features are not of the last map, the layer's sides are odd, churn is out of range, or there
+            is no step.
     """
 
     mean: Tensor
@@ -72,6 +73,8 @@ class FeatureLift(nn.Module):
             raise UserError(f"a lift starts at the last map (layer=final), not at {spec.layer!r}.")
         if not 0 <= churn <= 1:
             raise UserError(f"churn must lie between 0 and 1, not {churn}.")
+        if num_inference_steps < 1:
+            raise UserError(f"a lift takes a step at least, not {num_inference_steps}.")
         self._backbone = [backbone.at(layer)]  # outside the module tree: never saved, never trained
         self.spec = earlier = self.backbone.spec
         if earlier.height % 2 or earlier.width % 2:

@@ -51,7 +51,8 @@ class LiftedMaps:
         num_inference_steps: Steps of the lift, which take most of a training step's time; None takes its own.
 
     Raises:
-        UserError: If the inverter has no lift, the share is none, or, when called, the lift draws another layer's maps.
+        UserError: If the inverter has no lift, the share is none, there is no step, or, when called, the lift draws
+            another layer's maps.
     """
 
     def __init__(self, inverter: str | Path, share: float = 0.5, num_inference_steps: int | None = None):
@@ -61,6 +62,8 @@ class LiftedMaps:
             raise UserError(f"{inverter} has no lift, and so no maps to draw.")
         if not 0 < share < 1:
             raise UserError(f"the share of rows with lifted maps must lie between 0 and 1, not {share}.")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise UserError(f"a lift takes a step at least, not {num_inference_steps}.")
         self.lift, self.share = lift.eval(), share
         if num_inference_steps is not None:
             self.lift.num_inference_steps = num_inference_steps
