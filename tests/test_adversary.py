@@ -241,6 +241,34 @@ def test_a_resumed_decoder_has_the_adversary_of_an_uninterrupted_one(tmp_path, b
     assert not any("heads" in name for name in modules[0].state_dict())
 
 
+def test_a_resumed_adversary_goes_on_at_a_changed_rate(backbone) -> None:
+    judges = [Adversary(layers=[PIXELS], width=4, learning_rate=rate) for rate in (1e-3, 1e-4)]
+    for judge in judges:
+        judge.build(backbone)
+    judges[1].restore(judges[0].training_state())
+    assert [group["lr"] for group in judges[1]._optimizer.param_groups] == [1e-4]
+
+
+def test_a_decoder_is_shown_what_is_drawn_by_the_scale_that_it_is_drawn_in(tmp_path, backbone) -> None:
+    prior, path = tiny_prior(), str(tmp_path / "a.safetensors")
+    prior.first_stage.vae.register_to_config(scaling_factor=2.0, shift_factor=0.25)
+    prior.save_pretrained(tmp_path / "prior")
+    save_tiny(tmp_path / "a.safetensors", tiny_config(tmp_path / "prior"), backbone)
+    stage, images = load_prior(tmp_path / "prior").first_stage, _batch()["image"][:2]
+    stage.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # as before the last stage has ended
+    module = FirstStageModule(stage, backbone, drawn_by=path)
+    module.log = lambda *_, **__: None
+    seen, synthesise = [], stage.synthesise
+    stage.synthesise = lambda latents: seen.append(synthesise(latents)) or seen[-1]
+    module.training_step({"image": images}, 0)
+    wanted = load_inverter(path).invert(backbone(images[:1]), seeds=sample_seeds(0, 0, 1))
+    torch.testing.assert_close(seen[0][:1].detach().clamp(0, 1), wanted, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        stage.vae.encoder.conv_in.weight.mul_(2)
+    with pytest.raises(UserError, match="draws latents of another first stage"):
+        FirstStageModule(stage, backbone, drawn_by=path)
+
+
 def test_two_processes_keep_the_heads_of_one(tmp_path, backbone) -> None:
     drawn, real = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
     with torch.no_grad():

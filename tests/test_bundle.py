@@ -11,10 +11,20 @@ from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
 
 from featinv.checkpoint import load_checkpoint, read_header, save_checkpoint
+from featinv.diffusion.prior import WEIGHTS_ROOT
 from featinv.files import load_safetensors
 from featinv.inverters.build import load_trained
 from tools import bundle as tool
-from tools.model_card import IMAGENET, RENDERED, UNKNOWN, licence, logged_hours, probed_hours, this_machine
+from tools.model_card import (
+    IMAGENET,
+    RENDERED,
+    UNKNOWN,
+    bundle_licence,
+    licence,
+    logged_hours,
+    probed_hours,
+    this_machine,
+)
 
 ROOT = Path(__file__).parents[1]
 LOG = [
@@ -152,9 +162,26 @@ def test_hours_are_those_of_all_sessions(tmp_path) -> None:
 
 
 def test_the_licence_note_is_that_of_the_data() -> None:
-    text = {name: (ROOT / f"configs/data/{name}.yaml").read_text() for name in ("imagenet", "photos64", "scenes")}
-    assert licence(text["imagenet"]) == licence(text["photos64"]) == IMAGENET
-    assert licence(text["scenes"]) == RENDERED and licence("FlatFolder") == UNKNOWN
+    paths = {name: ROOT / f"configs/data/{name}.yaml" for name in ("imagenet", "photos64", "scenes")}
+    data = {name: {"data": yaml.safe_load(path.read_text())} for name, path in paths.items()}
+    assert licence([data["imagenet"]]) == licence([data["photos64"]]) == licence([data["scenes"], data["photos64"]])
+    assert licence([data["imagenet"]]) == IMAGENET and licence([data["scenes"], data["scenes"]]) == RENDERED
+
+
+def test_a_licence_is_that_of_rendered_scenes_only_if_all_pictures_are() -> None:
+    scenes = yaml.safe_load((ROOT / "configs/prior/scenes64.yaml").read_text())
+    folder = {"target": "featinv.data.folders.FlatFolder", "params": {"folder": "holidays"}}
+    params = {"train": folder, "val": scenes["validation"]}
+    own = {"data": {"target": "featinv.data.datamodule.ImageDataModule", "params": params}}
+    assert licence([scenes]) == RENDERED
+    for other in (own, {"data": folder}, {"data": None}, None, {**scenes, "start": "runs/holidays/prior"}):
+        assert licence([scenes, other]) == licence([other, scenes]) == UNKNOWN, other
+
+
+def test_the_cards_that_come_with_the_package_have_the_licence_of_their_data() -> None:
+    for family, note in (("scenes64", RENDERED), ("photos64", IMAGENET)):
+        assert note in (WEIGHTS_ROOT / family / "MODEL_CARD.md").read_text()
+        assert bundle_licence(WEIGHTS_ROOT / family) == note
 
 
 def test_bundles_are_package_data(tmp_path) -> None:

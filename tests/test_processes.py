@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import tiny_first_stage, tiny_prior
 from forks import in_two_processes
+from torch.utils.data import IterableDataset
 
 from featinv.checkpoint import load_checkpoint
 from featinv.conditioning.encoders import PublishedEncoder, SpatialEncoder
@@ -36,6 +37,7 @@ from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
 from featinv.training.prior_modules import FirstStageModule, PriorModule
 from featinv.training.probe import FeatureProbe
+from featinv.training.rows import prepare
 from featinv.training.runner import fit
 from featinv.training.sharding import shard
 
@@ -232,6 +234,28 @@ def test_processes_share_a_stream_whose_shards_differ_in_size(tmp_path, backbone
     first_round = sum(large[:3], []) + small[0]
     assert len(first_round) == len(set(first_round)) == 8  # none twice, none missing
     assert len(large) == len(small) == STEPS  # the one with fewer images went on to its next round
+
+
+class _Nothing(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("parts", [{}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_every_process_fits_on_the_first_images_of_a_stream(tmp_path, backbone, monkeypatch, parts) -> None:
+    stream = WebDatasetShards(_shards(tmp_path, [4, 3]), size=32)
+    images = torch.stack([item["image"] for item in stream])
+    for name, value in parts.items():
+        monkeypatch.setenv(name, value)
+    for count in (5, 1000):
+        module = _module(backbone)
+        prepare(module, stream, count, tmp_path)
+        whitening = module.inverter.encoder.whitening
+        assert whitening.fitted
+        torch.testing.assert_close(whitening.mean, backbone(images[:count]).mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    assert {name: os.environ[name] for name in parts} == parts
+    with pytest.raises(UserError, match="there are no training images"):
+        prepare(_module(backbone), _Nothing(), 5, tmp_path)
 
 
 @pytest.mark.parametrize(

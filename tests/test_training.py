@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,9 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from featinv.backbones import load_backbone
-from featinv.checkpoint import load_checkpoint
+from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.conditioning.encoders import SpatialEncoder
-from featinv.config import load_config
+from featinv.config import CONFIG_ROOT, load_config
 from featinv.data.folders import FlatFolder
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError
@@ -27,9 +28,9 @@ from featinv.training.consistency import (
 from featinv.training.module import InversionModule
 from featinv.training.prior_modules import FirstStageModule, PriorModule
 from featinv.training.rows import keep_config, on_device, prepare, training_rows
-from featinv.training.runner import fit, last_checkpoint
+from featinv.training.runner import SafetensorsCheckpointIO, fit, last_checkpoint
 from featinv.training.teacher import EmbeddingTeacher
-from tools.train_prior import write_prior
+from tools.train_prior import check_order, train_first_stage, write_prior
 from train import train
 
 
@@ -118,7 +119,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, backbone, cache) ->
     module = _module(backbone)
     with torch.no_grad():
         module.inverter.encoder.latents_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="the loss is nan at step 0"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 0.*--changed"):
         fit(module, cache, tmp_path / "run", max_steps=2, batch_size=4, progress=False, precision="fp32")
     (kept,) = (tmp_path / "run").glob("nonfinite_*.safetensors")
     tensors, _ = load_safetensors(kept)
@@ -423,3 +424,87 @@ def test_the_first_process_alone_writes_a_prior(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     write_prior(tiny_prior(), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prior", "samples.png"]
+
+
+def _settings(module) -> list[tuple[float, float]]:
+    optimizer = module.trainer.optimizers[0]
+    return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+def test_a_resumed_run_goes_on_at_a_changed_rate_and_weight_decay(tmp_path, backbone, cache) -> None:
+    settings = {"batch_size": 4, "progress": False, "precision": "fp32"}
+    fit(_module(backbone, learning_rate=1e-3), cache, tmp_path, max_steps=3, **settings)
+    module, used = _module(backbone, learning_rate=1e-4, weight_decay=0.5), []
+    step = module.optimizer_step
+    module.optimizer_step = lambda *args, **kwargs: used.append(_settings(module)[0]) or step(*args, **kwargs)
+    fit(module, cache, tmp_path, max_steps=5, **settings)
+    whole = _module(backbone, learning_rate=1e-4).configure_optimizers()["lr_scheduler"]["scheduler"]
+    expected = [1e-4 * whole.lr_lambdas[0](step) for step in (3, 4)]
+    assert [rate for rate, _ in used] == expected and [decay for _, decay in used] == [0.5, 0.5]
+
+
+def test_a_resumed_first_stage_goes_on_at_the_changed_rate_of_each_part(tmp_path) -> None:
+    def trained(max_steps: int, rate: float) -> FirstStageModule:
+        module = FirstStageModule(tiny_first_stage(shortcut=True), None, 4, learning_rate=rate, warmup_steps=0)
+        rows = BatchedRows(ScenesDataset(4, size=32))
+        fit(module, rows, tmp_path, max_steps=max_steps, batch_size=2, progress=False, precision="fp32")  # type: ignore[arg-type]
+        return module
+
+    trained(1, 1e-3)
+    rates = [rate for rate, _ in _settings(trained(2, 1e-4))]
+    factor = 0.02 + 0.98 * 0.5  # half way
+    assert rates == pytest.approx([1e-4 * factor, 5e-6 * factor])
+
+
+def test_a_resumed_run_saves_no_half_of_an_accumulated_step(tmp_path, backbone, cache, monkeypatch) -> None:
+    settings = {"batch_size": 2, "accumulate": 2, "checkpoint_every": 2, "progress": False, "precision": "fp32"}
+    fit(_module(backbone), cache, tmp_path, max_steps=2, **settings)
+    saved, save = [], SafetensorsCheckpointIO.save_checkpoint
+
+    def saving(self, checkpoint, path, storage_options=None) -> None:
+        saved.append(checkpoint["global_step"])
+        save(self, checkpoint, path)
+
+    monkeypatch.setattr(SafetensorsCheckpointIO, "save_checkpoint", saving)
+    fit(_module(backbone), cache, tmp_path, max_steps=4, **settings)
+    assert set(saved) == {4}
+
+
+def test_a_run_does_not_go_on_with_another_prior(tmp_path, backbone, cache) -> None:
+    settings = {"batch_size": 4, "progress": False, "precision": "fp32"}
+    fit(_module(backbone, described={"prior": "a"}), cache, tmp_path, max_steps=1, **settings)
+    with pytest.raises(UserError, match="begun with another prior"):
+        fit(_module(backbone, described={"prior": "b"}), cache, tmp_path, max_steps=2, **settings)
+    fit(_module(backbone, described={"prior": "a"}), cache, tmp_path, max_steps=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("stage", "max_steps", "undone"),
+    [
+        ("module", 5, ["decoder", "unet"]),
+        ("finishing", 5, ["decoder"]),
+        ("polish", 9, []),
+        ("module", 3, []),  # has no steps to go
+    ],
+)
+def test_a_stage_is_not_trained_on_under_those_that_came_after_it(tmp_path, stage, max_steps, undone) -> None:
+    config = load_config(CONFIG_ROOT / "prior" / "scenes64.yaml")
+    check_order(config, tmp_path, stage, max_steps)
+    for folder in ("first_stage", "decoder", "unet"):
+        save_checkpoint(tmp_path / folder / "last.safetensors", {"global_step": 3})
+    if undone:
+        folders = " and ".join(str(tmp_path / name) for name in undone)
+        with pytest.raises(UserError, match=f"first_stage.{stage} has steps to go.*delete {folders}, or"):
+            check_order(config, tmp_path, stage, max_steps)
+        config.first_stage.polish = config.unet.module = None  # then nobody reads their checkpoints
+    check_order(config, tmp_path, stage, max_steps)
+
+
+def test_train_prior_looks_at_the_order_of_its_stages_before_it_trains_any(tmp_path, backbone, monkeypatch) -> None:
+    config = load_config(CONFIG_ROOT / "prior" / "scenes64.yaml")
+    save_checkpoint(tmp_path / "finish" / "last.safetensors", {"global_step": 3})
+    monkeypatch.setattr("tools.train_prior.instantiate", lambda *_, **__: SimpleNamespace(max_steps=5))
+    monkeypatch.setattr("tools.train_prior.new_first_stage", lambda *_: tiny_first_stage())
+    images = BatchedRows(ScenesDataset(2, size=32))
+    with pytest.raises(UserError, match="first_stage.module has steps to go"):
+        train_first_stage(config, images, torch.rand(2, 3, 32, 32), tmp_path)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -209,11 +209,32 @@ def limits(size: int, rendered: bool) -> list[str]:
     ]
 
 
-def licence(text: str) -> str:
-    """The note that fits the data, from the configurations' text."""
+def licence(configs: Sequence[Mapping[str, Any] | None]) -> str:
+    """The note that fits the data of the prior and of every inverter: their configurations, None if not recorded."""
+    text = json.dumps(list(configs), default=str)
     if any(word in text for word in ("wnids", "ImageNetFolder", "PHOTOS_ROOT", "imagenet")):
         return IMAGENET
-    return RENDERED if "ScenesDataset" in text else UNKNOWN
+    # What training started from has seen pictures of its own.
+    known = all(config and not config.get("start") and _rendered(config.get("data")) for config in configs)
+    return RENDERED if known else UNKNOWN
+
+
+def _rendered(node: Any) -> bool:
+    """Whether a data set's node, of a data module its training set, is known to be of rendered scenes."""
+    if not isinstance(node, Mapping):
+        return False
+    params = node.get("params") or {}
+    if "train" in params:
+        return _rendered(params["train"])
+    package, _, name = str(node.get("target")).rpartition(".")
+    return name == "ScenesDataset" and package.partition(".")[0] == "featinv"
+
+
+def bundle_licence(bundle: Path) -> str:
+    """The same, of the prior and the inverters of a bundle."""
+    configs = [read_header(path)["featinv"]["config"] for path in bundle.glob("inverters/*.safetensors")]
+    seen = [{"data": c.get("data"), "start": (c.get("training") or {}).get("start")} for c in configs]
+    return licence([prior_record(bundle)["config"], *seen])
 
 
 def write_card(bundle: Path) -> Path:
@@ -230,8 +251,7 @@ def write_card(bundle: Path) -> Path:
     """
     size = read_json(bundle / "prior.json")["size"]
     paths = sorted(bundle.glob("inverters/*.safetensors"))
-    data = [prior_record(bundle)["config"], *(read_header(path)["featinv"]["config"].get("data") for path in paths)]
-    note = licence(json.dumps(data, default=str))
+    note = bundle_licence(bundle)
     sizes = {name: bytes_ for name, bytes_ in bundle_files(bundle).items() if name != CARD}
     lines = [
         f"# {bundle.name}",

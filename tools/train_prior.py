@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
+from featinv.checkpoint import read_header
 from featinv.config import CONFIG_ROOT, instantiate, load_config
 from featinv.data.memory import InMemoryImages
 from featinv.diffusion.controlled_unet import unconditional
@@ -34,7 +35,7 @@ from featinv.files import write_json
 from featinv.image import make_grid, save_png, seeded_noise
 from featinv.processes import is_first_process
 from featinv.training.rows import keep_config
-from featinv.training.runner import fit, hold_run
+from featinv.training.runner import fit, hold_run, last_checkpoint
 
 STAGES = {"module": "first_stage", "finishing": "finish", "polish": "decoder"}
 """Stages of the first stage's training, and the folders of their checkpoints."""
@@ -123,6 +124,25 @@ def copy_weights(part: nn.Module, other: nn.Module, name: str) -> None:
     part.load_state_dict({key: given[key] for key in own})
 
 
+def check_order(config: DictConfig, out: Path, stage: str, max_steps: int) -> None:
+    """Raise UserError if a stage has steps to go and later ones have begun, whose checkpoints would undo them.
+
+    They hold the whole first stage as it was; and a UNet knows only the latents that it was trained on.
+    """
+    last = last_checkpoint(out / STAGES[stage])
+    if last is not None and read_header(last)["global_step"] >= max_steps:
+        return
+    names = list(STAGES)
+    later = [STAGES[name] for name in names[names.index(stage) + 1 :] if config.first_stage.get(name)]
+    if stage == "module" and config.unet.get("module"):
+        later.append("unet")
+    if begun := [str(out / name) for name in later if last_checkpoint(out / name) is not None]:
+        raise UserError(
+            f"first_stage.{stage} has steps to go, but what comes after it was trained without them: delete "
+            f"{' and '.join(begun)}, or choose another out=FOLDER."
+        )
+
+
 def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tensor, out: Path) -> FirstStage:
     """Train the autoencoder and write its figures and a grid."""
     backbone = instantiate(config.backbone, where="backbone")
@@ -133,6 +153,7 @@ def train_first_stage(config: DictConfig, images: InMemoryImages, held_out: Tens
         if node.get(stage):
             parts = {"first_stage": first_stage, "backbone": backbone}
             module = instantiate(node[stage], where=f"first_stage.{stage}", **parts)
+            check_order(config, out, stage, module.max_steps)
             fit(module, images, out / folder, max_steps=module.max_steps, batch_size=node.batch_size)
     first_stage.eval().requires_grad_(False)
     if node.get("module"):  # otherwise its latents stay what a UNet and branches have learned

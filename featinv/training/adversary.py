@@ -137,11 +137,13 @@ class Adversary(nn.Module):
         return {"steps": self.steps, "heads": self.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Invert `training_state`, after `build`."""
+        """Invert `training_state`, after `build`; the learning rate is the configured one."""
         assert self._optimizer is not None
         self.steps = state["steps"]
         self.load_state_dict(state["heads"])
         self._optimizer.load_state_dict(state["optimizer"])
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
 
 
 def _head(backbone: Backbone, width: int) -> nn.Module:

@@ -200,8 +200,8 @@ class InversionModule(pl.LightningModule):
         tensors = {k: v for k, v in batch.items() if k in ("image", "latents")}
         save_safetensors(path, tensors | {"features": features, "seeds": torch.tensor(seeds)})
         raise UserError(
-            f"the loss is {loss} at step {self.global_step}; its batch is in {path}. Lower learning_rate "
-            f"(now {self.learning_rate}) and start again from the last checkpoint."
+            f"the loss is {loss} at step {self.global_step}; its batch is in {path}. Go on from the last "
+            f"checkpoint with a lower training.module.params.learning_rate (now {self.learning_rate}) and --changed."
         )
 
     def features_of(self, batch: dict[str, Any]) -> Tensor:
@@ -270,7 +270,10 @@ class InversionModule(pl.LightningModule):
         own = self.inverter.trainable_state()
         if missing := set(own) ^ set(state):
             raise UserError(f"the checkpoint does not fit this inverter; it differs in {sorted(missing)[0]!r}.")
-        if (checkpoint.get("featinv") or {}).get("branch") != self.described.get("branch"):
+        begun = checkpoint.get("featinv") or {}
+        if begun.get("prior") != self.described.get("prior"):
+            raise UserError("the run was begun with another prior; restore that prior, or choose another out=FOLDER.")
+        if begun.get("branch") != self.described.get("branch"):
             raise UserError("the run was begun with another branch than branch_of has now; choose another out=FOLDER.")
         self.inverter.load_state_dict({k: placed_as(v, own[k]) for k, v in state.items()}, strict=False)
         if self.ema is not None and checkpoint["ema"] is not None:

@@ -82,6 +82,23 @@ def cosine_schedule(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def configured_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Rate and weight decay of each parameter group, as a new optimizer with a schedule has them."""
+    return [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+
+
+def restore_settings(schedule: torch.optim.lr_scheduler.LambdaLR, settings: list[dict[str, Any]]) -> None:
+    """Put `configured_settings` back after a checkpoint's were loaded, at the step where the schedule is now.
+
+    Equal settings change no bit: the rate is computed as the schedule does.
+    """
+    groups = schedule.optimizer.param_groups
+    schedule.base_lrs = [own["initial_lr"] for own in settings]
+    for group, own, factor in zip(groups, settings, schedule.lr_lambdas, strict=True):
+        group.update(own, lr=own["initial_lr"] * factor(schedule.last_epoch))
+    schedule._last_lr = [group["lr"] for group in groups]
+
+
 @torch.no_grad()
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
     """Give restored optimizer state the memory layout of its parameter, which fused optimizers take for granted."""

@@ -16,7 +16,7 @@ from featinv.diffusion.half import full_arithmetic
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
-from featinv.inverters.build import load_trained
+from featinv.inverters.build import first_stage_fingerprint, load_trained
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.adversary import Adversary
 from featinv.training.ema import EMA
@@ -59,8 +59,8 @@ class FirstStageModule(pl.LightningModule):
         seed: Of the posterior draws.
 
     Raises:
-        UserError: If there is an adversary but no backbone, on whose maps it looks, if `drawn_by` draws no latents, or
-            if there is nothing to train of that name.
+        UserError: If there is an adversary but no backbone, on whose maps it looks, if `drawn_by` draws no latents or
+            those of another first stage, or if there is nothing to train of that name.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FirstStageModule(pl.LightningModule):
         super().__init__()
         # In a list: no part of the module tree, which the autoencoder's optimizer and checkpoints are of.
         self.first_stage, self._backbone, self._adversary = first_stage, [backbone], [adversary]
-        self._drawer = [_Drawer(drawn_by) if drawn_by else None]
+        self._drawer = [_Drawer(drawn_by, first_stage) if drawn_by else None]
         if adversary is not None:
             if backbone is None:
                 raise UserError("an adversary looks at a backbone's maps; give one, or leave the adversary out.")
@@ -122,7 +122,7 @@ class FirstStageModule(pl.LightningModule):
         if self._drawer[0] is not None:
             drawn = min(self.feature_rows, len(images)) // 2
             seeds = row_seeds(self, self.seed, batch_idx, drawn)
-            latents = torch.cat([self._drawer[0](images[:drawn], seeds, self.first_stage).to(latents), latents[drawn:]])
+            latents = torch.cat([self._drawer[0](images[:drawn], seeds).to(latents), latents[drawn:]])
         again = self.first_stage.synthesise(latents)
         error = (again[drawn:] - images[drawn:]).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -195,20 +195,23 @@ def _train_only(first_stage: FirstStage, trained: str) -> None:
 
 
 class _Drawer:
-    """Latents that an inverter draws for pictures."""
+    """Latents of a first stage that an inverter draws for pictures."""
 
-    def __init__(self, inverter: str):
+    def __init__(self, inverter: str, first_stage: FirstStage):
         trained = load_trained(inverter)
         if not isinstance(trained.inverter, DiffusionInverter):
             raise UserError(f"drawn_by={inverter} draws no latents.")
+        if first_stage_fingerprint(trained.inverter.prior.first_stage) != first_stage_fingerprint(first_stage):
+            raise UserError(f"drawn_by={inverter} draws latents of another first stage than the one to train.")
         self.inverter, self.backbone = trained.inverter.eval(), trained.load_backbone()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, seeds: list[int], first_stage: FirstStage) -> Tensor:
-        """Unscaled latents (N, c, h, w) of `first_stage`, drawn from the features of images (N, 3, H, W)."""
+    def __call__(self, images: Tensor, seeds: list[int]) -> Tensor:
+        """Unscaled latents (N, c, h, w), drawn from the features of images (N, 3, H, W)."""
         self.inverter, self.backbone = self.inverter.to(images.device), self.backbone.to(images.device)
         latents = self.inverter.draw(self.backbone(images).float(), seeds)
-        return first_stage.unscale(latents.float())
+        # By its own prior's scale: that of the first stage in training is not set before the end.
+        return self.inverter.prior.first_stage.unscale(latents.float())
 
 
 class PriorModule(pl.LightningModule):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from featinv.config import differences, instantiate
+from featinv.data.datamodule import collate, tell_epoch
 from featinv.diffusion.lift import training_first_stage
 from featinv.errors import UserError
 from featinv.files import write_text
@@ -144,14 +147,18 @@ def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: i
     """Let the inverter fit what it solves in closed form, from the first `images` rows, unless the run has begun.
 
     Latents are read from the cache, but computed only for an encoder with a linear estimate: no other asks for them.
+    Every process fits on the same rows; of a stream on those that a single process would see first.
+
+    Raises:
+        UserError: If there are none.
     """
-    if not images or isinstance(dataset, IterableDataset) or last_checkpoint(folder) is not None:
+    if not images or last_checkpoint(folder) is not None:
         return
     features, latents, first_stage = [], [], training_first_stage(module.inverter)
     asked = getattr(getattr(module.inverter, "encoder", None), "linear", None) is not None
-    total, device = min(images, len(dataset)), module.backbone.mean.device  # type: ignore[arg-type]
-    for start in range(0, total, 64):
-        batch = dataset[list(range(start, min(start + 64, total)))]  # type: ignore[index]
+    device = module.backbone.mean.device
+    read = _first_of_stream if isinstance(dataset, IterableDataset) else _first_rows
+    for batch in read(dataset, images):
         if "image" in batch:
             batch["image"] = batch["image"].to(device)
         features.append(module.features_of(batch).cpu())
@@ -159,8 +166,36 @@ def prepare(module: InversionModule, dataset: Dataset[dict[str, Any]], images: i
             latents.append(batch["latents"])
         elif first_stage is not None and asked:
             latents.append(first_stage.encode(batch["image"]).cpu())
-    log.info("fitting whitening and linear estimate on %d images", total)
+    if not features:
+        raise UserError("there are no training images.")
+    log.info("fitting whitening and linear estimate on %d images", sum(map(len, features)))
     module.inverter.prepare(torch.cat(features), torch.cat(latents) if latents else None)
+
+
+def _first_rows(dataset: Any, count: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
+    """Batches of the first `count` rows, or of all if there are fewer."""
+    total = min(count, len(dataset))
+    for start in range(0, total, batch_size):
+        yield dataset[list(range(start, min(start + batch_size, total)))]
+
+
+def _first_of_stream(stream: Any, count: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
+    """Batches of the first `count` items, or of all if there are fewer, the same ones in every process."""
+    with _alone():
+        tell_epoch(stream, 0)
+        items = itertools.islice(stream, count)
+        while part := list(itertools.islice(items, batch_size)):
+            yield collate(part)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Within the block, which is before the processes have joined, streams take this one for the only one."""
+    kept = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def start_from(module: InversionModule, name_or_path: str | None, folder: Path) -> None:

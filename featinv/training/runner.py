@@ -21,6 +21,7 @@ from featinv.errors import UserError
 from featinv.files import run_lock
 from featinv.processes import is_first_process, settled_objects, torchrun_layout
 from featinv.training.batches import StepBatches
+from featinv.training.optimizers import configured_settings, restore_settings
 from featinv.training.precision import lightning_precision
 from featinv.training.sharding import ShardedStrategy
 
@@ -108,6 +109,19 @@ class _Endless(IterableDataset[dict[str, Any]]):
                 raise UserError("a reader of the stream gets no images; make more shards or lower num_workers.")
 
 
+class _ConfiguredSettings(Callback):
+    """Go on with the configured rates and weight decay; Lightning restores the checkpoint's."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is restored yet."""
+        self.settings = [configured_settings(config.scheduler.optimizer) for config in trainer.lr_scheduler_configs]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is."""
+        for config, settings in zip(trainer.lr_scheduler_configs, self.settings, strict=True):
+            restore_settings(config.scheduler, settings)  # type: ignore[arg-type]
+
+
 @contextlib.contextmanager
 def hold_run(folder: str | Path) -> Iterator[None]:
     """Hold a run's folder for the processes of one run, which the first of them stands for.
@@ -144,7 +158,7 @@ def fit(
     strategy: str = "auto",
     accelerator: str = "auto",
 ) -> None:
-    """Train to `max_steps`, from the folder's last checkpoint if there is one.
+    """Train to `max_steps`, from the folder's last checkpoint if there is one, at the module's rates and weight decay.
 
     The order of the rows is a function of (seed, step): a resumed run goes through what an uninterrupted one would. (A
     streamed data set has no rows: resumed, it goes on with an epoch of its own.) The caller holds the folder
@@ -183,6 +197,7 @@ def fit(
         enable_version_counter=False,  # else a continued run may write last-v1, where nobody looks for it
     )
     saver.FILE_EXTENSION = ".safetensors"
+    saver._last_global_step_saved = start  # else saved again after the first of the `accumulate` batches
     trainer = pl.Trainer(
         max_steps=max_steps,
         max_epochs=-1,
@@ -193,7 +208,7 @@ def fit(
         accelerator=accelerator,
         precision=lightning_precision(precision),  # type: ignore[arg-type]
         accumulate_grad_batches=accumulate,
-        callbacks=[saver, *(callbacks or [])],
+        callbacks=[saver, _ConfiguredSettings(), *(callbacks or [])],
         plugins=[SafetensorsCheckpointIO()],
         logger=pl.loggers.TensorBoardLogger(folder, name="", version="tensorboard"),
         enable_progress_bar=progress,
