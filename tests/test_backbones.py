@@ -220,3 +220,61 @@ def test_a_map_that_lacks_tokens_cannot_go_on() -> None:
     vit = load_backbone("vit_tiny_patch16_224", "blocks.2", pretrained=False, input_size=32)
     with pytest.raises(UserError, match="not all that the next layer reads"):
         vit.final_from(vit(torch.rand(1, 3, 32, 32)))
+
+
+def _hooked(backbone, name, images):
+    kept = []
+    handle = backbone.model.get_submodule(name).register_forward_hook(lambda _m, _i, out: kept.append(out))
+    backbone.model.forward_features(backbone.preprocess(images))
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer", "channels_last"),
+    [
+        ("test_convnext", 64, "stages.2.blocks.0.norm", True),
+        ("test_convnext", 64, "stages.2.blocks.0.mlp.fc1", True),
+        ("test_convnext", 64, "stages.2.blocks.0", False),
+        ("test_convnext", 96, "stages.0.blocks.0.norm", True),  # a cube: 24 x 24 x 24
+        ("test_convnext", 96, "stages.0.blocks.0", False),
+        ("swin_tiny_patch4_window7_224", None, "patch_embed.proj", False),  # of an NHWC model
+        ("swin_tiny_patch4_window7_224", None, "layers.1.blocks.0", True),
+    ],
+)
+def test_a_modules_layout_is_its_own_and_not_the_models(name, size, layer, channels_last) -> None:
+    backbone = load_backbone(name, layer, pretrained=False, input_size=size)
+    images = torch.rand(1, 3, backbone.input_size, backbone.input_size)
+    by_hand = _hooked(backbone, layer, images)
+    assert torch.equal(backbone(images), by_hand.permute(0, 3, 1, 2) if channels_last else by_hand)
+    assert backbone.spec.height == backbone.spec.width
+
+
+def test_a_module_whose_layout_cannot_be_told_is_refused() -> None:
+    vit = load_backbone("test_vit", pretrained=False)
+    heads = torch.nn.Identity()  # heads x tokens x channels, as within an attention
+    vit.model.norm = torch.nn.Sequential(torch.nn.Unflatten(2, (2, -1)), heads, torch.nn.Flatten(2))
+    with pytest.raises(UserError, match="sides of a square map cannot be told"):
+        vit.at("norm.1")(torch.rand(1, 3, 32, 32))
+    swin = load_backbone("swin_tiny_patch4_window7_224", pretrained=False)
+    swin.model.patch_embed.proj = torch.nn.Sequential(torch.nn.Conv2d(3, 56, 4, stride=4), torch.nn.Conv2d(56, 96, 1))
+    with pytest.raises(UserError, match="gives 56 x 56 x 56 numbers"):  # a cube of a network of one input size
+        swin.at("patch_embed.proj.0")(torch.rand(1, 3, 32, 32))
+
+
+def test_a_channels_last_layer_goes_on_to_the_last_map() -> None:
+    early = load_backbone("swin_tiny_patch4_window7_224", "layers.2", pretrained=False)
+    images = torch.rand(1, 3, 224, 224)
+    assert torch.allclose(early.final_from(early(images)), early.at("final")(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_layer_table_lists_every_module_or_what_the_backbone_lists(monkeypatch, capsys) -> None:
+    from tools import list_layers
+
+    monkeypatch.setattr("sys.argv", ["list_layers", "open_clip:ViT-B-32", "--all"])
+    list_layers.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [*(f"blocks.{i}" for i in range(12)), "final"]
+    convnext = load_backbone("test_convnext", pretrained=False, input_size=64)
+    table = {row[0]: row[1:3] for row in list_layers.rows(convnext, list_layers.modules_with_maps(convnext))}
+    assert table["stages.2.blocks.0.norm"] == (48, "4 x 4")

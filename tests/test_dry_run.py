@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from featinv.backbones import without_weights
+from featinv.backbones import Backbone, without_weights
 from featinv.config import load_config, load_group
 from featinv.diffusion.architectures import outline_prior, random_prior
 from featinv.diffusion.prior import load_prior
@@ -98,6 +99,33 @@ def test_backbones_lose_their_weights_by_their_own_switch() -> None:
     assert without_weights(load_group("backbone", "convnext_base"))["params"]["pretrained"] is False
     assert without_weights(load_group("backbone", "openclip_vit_b32"))["params"]["pretrained"] is None
     assert without_weights(load_group("backbone", "efficientnet_lite0"))["params"]["pretrained"] is False
+
+
+class _OwnBackbone(Backbone):
+    """As docs/add-a-backbone.md says to write one: no word of weights."""
+
+    def __init__(self, channels: int = 8):
+        super().__init__("final", 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.network = nn.Conv2d(3, channels, 8, stride=8)
+        self.freeze()
+
+    def forward(self, images):
+        return self.network(self.preprocess(images))
+
+
+def test_a_backbone_of_ones_own_needs_no_switch_for_its_weights(tmp_path, monkeypatch) -> None:
+    from tools import list_layers
+
+    node = {"target": f"{__name__}._OwnBackbone", "params": {"channels": 6}}
+    assert without_weights(node) == node
+    config = load_config("scenes64", ["prior=random:small", "backbone=mobilenetv2"])
+    config.backbone = node
+    assert any("6 x 4 x 4" in line for line in plan(config))
+    monkeypatch.setattr(list_layers, "CONFIG_ROOT", tmp_path)
+    monkeypatch.setattr(list_layers, "load_group", lambda group, name: OmegaConf.create(node))
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "own.yaml").touch()
+    assert list_layers.without_weights("own").spec.channels == 6
 
 
 def test_the_peak_is_measured() -> None:

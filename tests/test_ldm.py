@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import featinv
 from featinv.backbones import FeatureSpec
 from featinv.conditioning.encoders import PublishedEncoder
-from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.first_stage import Finish, FirstStage
 from featinv.diffusion.guidance import ClassifierFreeGuidance
 from featinv.diffusion.ldm import export_config, export_ldm, read_ldm
+from featinv.diffusion.ldm_config import read_settings
 from featinv.diffusion.ldm_text import clip_tower, prompt_embeddings, token_ids
 from featinv.diffusion.prior import PROMPT, DiffusionPrior, load_prior
 from featinv.diffusion.samplers import sample
@@ -323,3 +324,82 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch, capsys) 
     with pytest.raises(SystemExit, match="2"):
         convert_checkpoint.main()
     assert f"there is no file {tmp_path / 'missing.ckpt'}" in capsys.readouterr().err
+
+
+def test_parts_that_the_ldm_code_does_not_know_are_refused() -> None:
+    inverter = _inverter(_prior())
+    inverter.lift = torch.nn.Identity()  # whatever it is
+    with pytest.raises(UserError, match="lift"):
+        export_inverter(inverter)
+    inverter.lift = None
+    inverter.prior.first_stage.finish = Finish(8, 1)
+    for export, given in ((export_ldm, inverter.prior), (export_inverter, inverter)):
+        with pytest.raises(UserError, match="first stage finishes what it decodes"):
+            export(given)
+    inverter.prior.first_stage.finish = None
+    inverter.prior.first_stage.vae.register_to_config(shift_factor=0.1)
+    with pytest.raises(UserError, match="shifts its latents"):
+        export_ldm(inverter.prior)
+    light = DiffusionInverter(_prior(), inverter.encoder, gated=False, branch="light")
+    with pytest.raises(UserError, match="published hint encoder and branch"):
+        export_inverter(light)
+
+
+def _compvis_yaml(path, unet=None, ddconfig=None, **sections):
+    """The YAML of `_prior()` as the LDM code writes it, with changes."""
+    sizes = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "context_dim": 24, "num_heads": 4}
+    stage = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 4, "in_channels": 3, "out_ch": 3}
+    params = {
+        "linear_start": 0.00085,
+        "linear_end": 0.012,
+        "image_size": 8,
+        "unet_config": {"params": {**sizes, "in_channels": 4, "out_channels": 4, **(unet or {})}},
+        "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": {**stage, **(ddconfig or {})}}},
+    }
+    OmegaConf.save(OmegaConf.create({"model": {"params": params}, **sections}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("unet", "ddconfig", "message"),
+    [
+        ({"model_channels": 320}, {}, r"says 320 for the UNet's model_channels, the checkpoint has 32\."),
+        ({"channel_mult": [1, 2, 4, 4]}, {}, r"the UNet's channel_mult, the checkpoint has \[1, 2\]"),
+        ({"num_res_blocks": 2}, {}, "the UNet's num_res_blocks"),
+        ({"num_res_blocks": [1, 2]}, {}, "the UNet's num_res_blocks"),
+        ({"in_channels": 9}, {}, "the UNet's in_channels"),
+        ({}, {"ch": 128}, "the first stage's ch,"),
+        ({}, {"ch_mult": [1, 2, 4, 4]}, "the first stage's ch_mult"),
+        ({}, {"num_res_blocks": 2}, "the first stage's num_res_blocks"),
+        ({}, {"z_channels": 3}, "the first stage's z_channels"),
+    ],
+)
+def test_another_models_compvis_yaml_is_refused(tmp_path, unet, ddconfig, message) -> None:
+    prior = _prior()
+    path = _write(tmp_path / "a.ckpt", export_ldm(prior), prior)
+    load_prior(path, _compvis_yaml(tmp_path / "own.yaml", {"num_res_blocks": [1, 1]}))
+    with pytest.raises(UserError, match=message):
+        load_prior(path, _compvis_yaml(tmp_path / "other.yaml", unet, ddconfig))
+
+
+def test_either_yaml_states_the_features_size_and_is_held_to_their_channels(tmp_path) -> None:
+    inverter = _inverter(_prior(heads=8), channels=5)
+    path = _write(tmp_path / "a.ckpt", export_inverter(inverter), inverter.prior)
+    control = {"feature_size": [7, 5], "feature_channels": 5}
+    OmegaConf.save(OmegaConf.create({"control": control}), tmp_path / "short.yaml")
+    long = _compvis_yaml(tmp_path / "long.yaml", control=control)
+    for config in (tmp_path / "short.yaml", long):
+        spec = import_ldm(path, config).encoder.spec
+        assert (spec.channels, spec.height, spec.width) == (5, 7, 5)
+    with pytest.raises(UserError, match="says 6 for the branch's feature_channels, the checkpoint has 5"):
+        import_ldm(path, _compvis_yaml(tmp_path / "other.yaml", control={"feature_channels": 6}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("prior: scenes64", "none of the sections"), ("[1, 2]", "none of the sections"), ("control: 7", "a mapping")],
+)
+def test_a_yaml_that_describes_no_model_is_refused(tmp_path, text, message) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_settings(tmp_path / "a.yaml")

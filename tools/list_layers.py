@@ -12,29 +12,29 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a file, too
 
+from featinv import backbones  # noqa: E402
 from featinv.backbones import Backbone, load_backbone  # noqa: E402
-from featinv.backbones.bundled import BUNDLED  # noqa: E402
-from featinv.config import CONFIG_ROOT, load_group  # noqa: E402
+from featinv.config import CONFIG_ROOT, instantiate, load_group  # noqa: E402
 from featinv.errors import UserError, exit_on_user_error  # noqa: E402
 
 
 def without_weights(name: str) -> Backbone:
     """The backbone `name` with random weights, so that nothing is fetched."""
-    is_yaml = (CONFIG_ROOT / "backbone" / f"{name}.yaml").is_file()
-    target = load_group("backbone", name).target if is_yaml else ""
-    clip = name.startswith("open_clip:") or "open_clip" in target
-    return load_backbone(
-        name, layer=None if name in BUNDLED or is_yaml else "final", pretrained=None if clip else False
-    )
+    if not (CONFIG_ROOT / "backbone" / f"{name}.yaml").is_file():
+        return load_backbone(name, pretrained=False)
+    node: Any = OmegaConf.to_container(load_group("backbone", name), resolve=True)
+    return instantiate(backbones.without_weights(node), where=f"backbone {name}")
 
 
 def modules_with_maps(backbone: Backbone) -> list[str]:
-    """Every module of a timm model that can be named as a layer."""
+    """Every module of a timm model that can be named as a layer; of another network the layers that it lists."""
     model = getattr(backbone, "model", None)
     names = [name for name, _ in model.named_modules() if name] if model is not None else []
     usable = []
@@ -44,7 +44,7 @@ def modules_with_maps(backbone: Backbone) -> list[str]:
             usable.append(name)
         except (UserError, RuntimeError, IndexError, AttributeError):
             continue
-    return usable
+    return usable or backbone.layers
 
 
 def rows(backbone: Backbone, layers: list[str]) -> list[tuple[str, int, str, str]]:

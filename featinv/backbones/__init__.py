@@ -12,14 +12,19 @@ __all__ = ["Backbone", "FeatureSpec", "load_backbone", "without_weights"]
 
 
 def without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A backbone's `{target, params}` node changed so that it has random weights: its shapes, and nothing fetched."""
+    """A backbone's `{target, params}` node changed so that it has random weights: its shapes, and nothing fetched.
+
+    A class without a parameter `pretrained`, as your own may be, keeps what it has.
+    """
     from featinv.config import resolve_target
 
     given = {name: value for name, value in (node.get("params") or {}).items() if name != "checkpoint_path"}
     signature = inspect.signature(resolve_target(node["target"], "backbone.target")).parameters
-    # A switch in timm's case, the name of a set of weights in OpenCLIP's.
-    named = "pretrained" in signature and not isinstance(signature["pretrained"].default, bool)
-    return {"target": node["target"], "params": {**given, "pretrained": None if named else False}}
+    if "pretrained" in signature or "pretrained" in given:
+        # A switch in timm's case, the name of a set of weights in OpenCLIP's.
+        named = "pretrained" in signature and not isinstance(signature["pretrained"].default, bool)
+        given["pretrained"] = None if named else False
+    return {"target": node["target"], "params": given}
 
 
 def load_backbone(name: str, layer: str | None = None, **params: Any) -> Backbone:

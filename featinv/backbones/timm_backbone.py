@@ -22,7 +22,7 @@ class TimmBackbone(Backbone):
     Args:
         name: timm's name of the model, optionally with its weight tag.
         layer: "final" (what the model's own head reads), a name from timm's feature list such as "blocks.4" or
-            "stages.2", or any module of the model.
+            "stages.2", or any module of the model that gives tokens or a square map.
         pretrained: Load timm's weights from the hub; False draws random ones from `seed` (the untrained control).
         checkpoint_path: A state dict to load instead, .safetensors or .pth (read without unpickling code).
         input_size: Side of the network's input; None takes the model's own.
@@ -81,6 +81,7 @@ class TimmBackbone(Backbone):
 
     def _cut(self) -> None:
         self._rest: RestOfNetwork | None = None
+        self._cube: tuple[bool, bool] | None = None
         modules = dict(self.model.named_modules())
         if not self.layer or not (self.layer in ("final", *modules) or self._is_intermediate(self.layer)):
             names = ["final", *self._listed, *modules][:400]
@@ -97,7 +98,43 @@ class TimmBackbone(Backbone):
         output = hooked_output(self.model, self.model.get_submodule(self.layer), x)
         if output is None or len(output) != len(x):
             raise UserError(f"layer {self.layer!r} of {self.name} is not run on each whole image, or gives no tensor.")
+        if output.ndim == 4:
+            return output.permute(0, 3, 1, 2) if self._is_channels_last(output.shape, x) else output
         return self._nchw(output)
+
+    def _is_channels_last(self, shape: torch.Size, x: Tensor) -> bool:
+        """Whether a module's map is (N, H, W, C): within its blocks many a model leaves the layout that it has outside.
+
+        Inputs are square, and so are maps: the two equal sides are height and width.
+
+        Args:
+            shape: Of the map.
+            x: The network's input (N, 3, H, W).
+
+        Raises:
+            UserError: If the shape does not tell.
+        """
+        first, last = shape[2] == shape[3], shape[1] == shape[2]
+        if first and last:
+            first, last = self._narrowed(shape, x)
+        if first == last:
+            raise UserError(
+                f"layer {self.layer!r} of {self.name} gives {' x '.join(map(str, shape[1:]))} numbers an image: which "
+                "two of these are the sides of a square map cannot be told; choose another layer."
+            )
+        return last
+
+    @torch.no_grad()
+    def _narrowed(self, shape: torch.Size, x: Tensor) -> tuple[bool, bool]:
+        """Whether a cube's width is its last axis, or the one before: only that changes with the picture's width."""
+        if self._cube is None:
+            try:
+                narrow = hooked_output(self.model, self.model.get_submodule(self.layer), x[:1, :, :, : x.shape[3] // 2])
+            except (AssertionError, RuntimeError, ValueError):  # a network of one input size
+                narrow = None
+            sides = shape[2:] if narrow is None or narrow.ndim != 4 else narrow.shape[2:]
+            self._cube = sides[1] != shape[3], sides[0] != shape[2]
+        return self._cube
 
     def _nchw(self, x: Tensor) -> Tensor:
         """Tokens or NHWC maps -> (N, C, H, W), prefix tokens removed."""
@@ -174,7 +211,10 @@ class TimmBackbone(Backbone):
             return super().final_from(features)
         if self._rest is None or self._rest.device != self.mean.device:
             self._rest = RestOfNetwork(self.model, module, self.mean.new_zeros(1, 3, self.input_size, self.input_size))
-        if not self._rest.determined or features.shape[1:] != self._rest.output.shape[1:]:
+        output = self._rest.output
+        if self._rest.determined and output.ndim == 4 and self._is_channels_last(output.shape, self._rest.blank):
+            features = features.permute(0, 2, 3, 1)
+        if not self._rest.determined or features.shape[1:] != output.shape[1:]:
             raise UserError(f"the map of layer {self.layer!r} of {self.name} is not all that the next layer reads.")
         return self._nchw(self._rest(features))
 

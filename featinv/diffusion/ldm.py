@@ -7,7 +7,6 @@ cond_stage_model.* (the text encoder, if kept), control_model.* (the branch, if 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.ldm_config import (
     LdmSettings,
     check_stated,
+    found_sizes,
     read_settings,
     scheduler,
     unet_config,
@@ -112,7 +112,7 @@ def ldm_prior(checkpoint: LdmCheckpoint) -> DiffusionPrior:
     own_vae = {name: value for name, value in own_vae.items() if not name.startswith("loss.")}  # its discriminator
     unet_sizes, unet_levels = unet_config(own_unet, settings)
     vae_sizes, vae_levels = vae_config(own_vae, settings)
-    _compare(settings, unet_sizes, vae_sizes)
+    check_stated(settings, found_sizes(unet_sizes, vae_sizes))
     unet, vae = UNet2DConditionModel(**unet_sizes), AutoencoderKL(**vae_sizes)
     load_exactly(unet, renamed(own_unet, unet_table(unet_levels), "the UNet"), "the UNet")
     load_exactly(
@@ -120,11 +120,6 @@ def ldm_prior(checkpoint: LdmCheckpoint) -> DiffusionPrior:
     )
     text = prompt_embeddings(checkpoint.part(TEXT), unet_sizes["cross_attention_dim"], settings.text_heads)
     return DiffusionPrior(FirstStage(vae), unet, scheduler(checkpoint.state, settings), text, vae_sizes["sample_size"])
-
-
-def _compare(settings: LdmSettings, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    found = {f"the UNet's {name}": value for name, value in unet.items()}
-    check_stated(settings, found | {f"the first stage's {name}": value for name, value in vae.items()})
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], part: str) -> None:
@@ -184,11 +179,10 @@ def export_ldm(prior: DiffusionPrior, branch: ControlNetModel | None = None) -> 
     The prompt's embeddings have no place in that format: prior.text is left out, and so is the text encoder.
 
     Raises:
-        UserError: If the prior has parts that the LDM code does not know (patches, a shortcut).
+        UserError: If the prior has parts that the LDM code does not know (patches, a shortcut, a finish, a shift).
     """
     stage = prior.first_stage
-    if stage.patch_size != 1 or stage.shortcut is not None:
-        raise UserError("this prior folds patches or has a shortcut, which an LDM checkpoint cannot hold.")
+    _refuse_own_parts(stage)
     vae_levels = Levels(
         stage.vae.config.layers_per_block, tuple(kind.startswith("Attn") for kind in stage.vae.config.down_block_types)
     )
@@ -198,6 +192,18 @@ def export_ldm(prior: DiffusionPrior, branch: ControlNetModel | None = None) -> 
     if branch is not None:
         state |= _exported(branch.state_dict(), branch_table(levels), BRANCH)
     return state | {"betas": prior.scheduler.betas.clone(), "alphas_cumprod": prior.scheduler.alphas_cumprod.clone()}
+
+
+def _refuse_own_parts(stage: FirstStage) -> None:
+    parts = {
+        "folds patches": stage.patch_size != 1,
+        "has a shortcut": stage.shortcut is not None,
+        "finishes what it decodes": stage.finish is not None,
+        "shifts its latents": bool(getattr(stage.vae.config, "shift_factor", None)),
+    }
+    found = [part for part, there in parts.items() if there]
+    if found:
+        raise UserError(f"this prior's first stage {' and '.join(found)}, which an LDM checkpoint cannot hold.")
 
 
 def _exported(state: dict[str, Tensor], table: Table, prefix: str) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Sizes of the networks in an LDM checkpoint: from tensor shapes what these tell, from its YAML what they cannot.
 
 Shapes do not show the number of attention heads, the schedule, the latent scale, the picture's size and the kind of
-prediction. The YAML may be CompVis' own (`model: {params: {unet_config: ...}}`) or a short one with the sections
-`unet`, `control`, `vae` and `schedule`, as docs/checkpoints.md describes.
+prediction. The YAML may be CompVis' own (`model: {params: {unet_config: ...}}`) or a short one with some of the
+sections `unet`, `control`, `vae`, `schedule` and `text`, as docs/checkpoints.md describes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from featinv.files import first_line
 State = Mapping[str, Tensor]
 SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """Stable Diffusion's."""
+SECTIONS = ("unet", "control", "vae", "schedule", "text")
+"""Of a short YAML."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LdmSettings:
         steps: Sampling steps.
         guidance_scale: Of the guidance that drops the prompt.
         text_heads: Attention heads of the text encoder; None takes 64 channels for each, as CLIP does.
-        stated: Sizes that the YAML states although the shapes tell them, to be compared.
+        stated: What the YAML says of each part, also where the shapes tell it, to be compared.
     """
 
     heads: int | tuple[int, ...] = 8
@@ -61,7 +63,7 @@ def read_settings(path: str | Path | None) -> LdmSettings:
     """Read a YAML of either kind; None gives the defaults.
 
     Raises:
-        UserError: If the file is missing or of neither kind.
+        UserError: If the file is missing or of neither kind, or one of its sections is not a mapping.
     """
     if path is None:
         return LdmSettings()
@@ -73,14 +75,20 @@ def read_settings(path: str | Path | None) -> LdmSettings:
         raise UserError(f"{path} is not a YAML file ({first_line(error)}).") from error
     plain = OmegaConf.to_container(config) if isinstance(config, DictConfig) else {}
     assert isinstance(plain, dict)
-    found = _compvis(plain["model"]) if "model" in plain else _short(plain) if "unet" in plain else None
-    if found is None:
-        raise UserError(f"{path} describes no latent-diffusion model: it has neither a `model` nor a `unet` section.")
+    sections = {name: plain[name] or {} for name in ("model", *SECTIONS) if name in plain}
+    if not sections:
+        raise UserError(
+            f"{path} describes no latent-diffusion model: it has none of the sections model, {', '.join(SECTIONS)}."
+        )
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"the section {name} of {path} must be a mapping, not {section!r}.")
+    found = _compvis(sections["model"], sections.get("control", {})) if "model" in sections else _short(sections)
     return LdmSettings(**{name: value for name, value in found.items() if value is not None})
 
 
-def _short(config: dict[Any, Any]) -> dict[str, Any]:
-    unet, control, vae, schedule = (config.get(name) or {} for name in ("unet", "control", "vae", "schedule"))
+def _short(config: dict[str, Any]) -> dict[str, Any]:
+    unet, control, vae, schedule, text = (config.get(name, {}) for name in SECTIONS)
     heads = unet.get("num_attention_heads") or unet.get("num_heads") or unet.get("attention_head_dim")
     names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
     return {
@@ -89,24 +97,28 @@ def _short(config: dict[Any, Any]) -> dict[str, Any]:
         "sample_size": unet.get("sample_size"),
         "scaling_factor": vae.get("scaling_factor"),
         "schedule": SCHEDULE | {name: schedule[name] for name in names if schedule.get(name) is not None},
-        "feature_size": _pair(control.get("feature_size")),
-        "feature_channels": control.get("feature_channels"),
+        **_control(control),
         "steps": schedule.get("ddim_steps"),
         "guidance_scale": schedule.get("guidance_scale"),
-        "text_heads": (config.get("text") or {}).get("num_attention_heads"),
-        "stated": {
-            "the UNet's block_out_channels": unet.get("block_out_channels"),
-            "the UNet's layers_per_block": unet.get("layers_per_block"),
-            "the UNet's cross_attention_dim": unet.get("cross_attention_dim"),
-            "the first stage's block_out_channels": vae.get("block_out_channels"),
-            "the first stage's latent_channels": vae.get("latent_channels"),
-        },
+        "text_heads": text.get("num_attention_heads"),
+        "stated": _stated(unet, vae, control),
     }
 
 
-def _compvis(model: dict[str, Any]) -> dict[str, Any]:
+def _control(control: dict[str, Any]) -> dict[str, Any]:
+    return {"feature_size": _pair(control.get("feature_size")), "feature_channels": control.get("feature_channels")}
+
+
+def _stated(unet: dict[str, Any], vae: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
+    """All that the YAML says of each part; `check_stated` looks at what shapes tell."""
+    parts = (("the UNet", unet), ("the first stage", vae), ("the branch", control))
+    return {f"{part}'s {name}": value for part, section in parts for name, value in section.items()}
+
+
+def _compvis(model: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
     params = model.get("params") or {}
     unet = (params.get("unet_config") or {}).get("params") or {}
+    first_stage = (params.get("first_stage_config") or {}).get("params") or {}
     # The LDM code's "linear" is linear in the square root of beta, its "sqrt_linear" is linear in beta.
     betas = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
     kinds = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -124,7 +136,8 @@ def _compvis(model: dict[str, Any]) -> dict[str, Any]:
             "num_train_timesteps": params.get("timesteps", 1000),
             "prediction_type": kinds.get(params.get("parameterization", "eps")),
         },
-        "stated": {"the UNet's cross_attention_dim": unet.get("context_dim")},
+        **_control(control),
+        "stated": _stated(unet, first_stage.get("ddconfig") or {}, control),
     }
 
 
@@ -141,9 +154,42 @@ def check_stated(settings: LdmSettings, found: Mapping[str, Any]) -> None:
     Raises:
         UserError: If they differ: then its number of heads may be another model's, too, which nothing else would show.
     """
-    for name, value in settings.stated.items():
-        if value is not None and name in found and value != found[name]:
-            raise UserError(f"the configuration says {value} for {name}, the checkpoint has {found[name]}.")
+    for name, size in found.items():
+        value = settings.stated.get(name, size)
+        # A count may be given for each level: num_res_blocks: [2, 2, 2, 2].
+        each = value if isinstance(value, list) and isinstance(size, int) else [value]
+        if value is not None and any(one != size for one in each):
+            raise UserError(f"the configuration says {value} for {name}, the checkpoint has {size}.")
+
+
+def found_sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes tell and a YAML may state, by diffusers' names and by the LDM code's, for `check_stated`.
+
+    Args:
+        unet: From `unet_config`.
+        vae: From `vae_config`.
+    """
+    common = {"in_channels": "in_channels", "out_channels": "out_channels", "num_res_blocks": "layers_per_block"}
+    names = {**common, "context_dim": "cross_attention_dim"}
+    vae_names = {**common, "out_ch": "out_channels", "z_channels": "latent_channels"}
+    found: dict[str, Any] = {}
+    for part, config, ldm_names, width, factors in (
+        ("the UNet", unet, names, "model_channels", "channel_mult"),
+        ("the first stage", vae, vae_names, "ch", "ch_mult"),
+    ):
+        channels = config["block_out_channels"]
+        sizes = {
+            "block_out_channels": channels,
+            width: channels[0],
+            factors: [_ratio(c, channels[0]) for c in channels],
+        }
+        sizes |= {name: config[own] for ldm, own in ldm_names.items() for name in (ldm, own)}
+        found |= {f"{part}'s {name}": value for name, value in sizes.items()}
+    return found
+
+
+def _ratio(width: int, first: int) -> int | float:
+    return width // first if width % first == 0 else width / first
 
 
 def _shape(state: State, name: str, part: str) -> torch.Size:

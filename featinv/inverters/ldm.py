@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from diffusers import ControlNetModel
 from torch import Tensor
 
 from featinv.backbones.base import FeatureSpec
@@ -15,6 +16,7 @@ from featinv.conditioning.encoders import PublishedEncoder
 from featinv.diffusion.controlled_unet import Conditions
 from featinv.diffusion.guidance import ClassifierFreeGuidance
 from featinv.diffusion.ldm import LdmCheckpoint, export_ldm, hint_layers, ldm_prior, load_branch, read_ldm
+from featinv.diffusion.ldm_config import check_stated
 from featinv.diffusion.samplers import sample
 from featinv.errors import UserError
 from featinv.inverters.diffusion import DiffusionInverter
@@ -44,6 +46,7 @@ def import_ldm(checkpoint_path: str | Path, config_path: str | Path | None = Non
     prior, settings = ldm_prior(checkpoint), checkpoint.settings
     layers = hint_layers(checkpoint) if checkpoint.has_branch else None
     channels, hidden = (layers[0][0].shape[1], layers[0][0].shape[0]) if layers else (settings.feature_channels, 512)
+    check_stated(settings, {"the branch's feature_channels": channels})
     encoder = PublishedEncoder(
         FeatureSpec(channels, *settings.feature_size, "final"),
         prior.latent_shape,
@@ -89,10 +92,14 @@ def export_inverter(inverter: DiffusionInverter) -> dict[str, Tensor]:
     """Tensors of prior, branch and hint block by the published code's names: what `import_ldm` reads back.
 
     Raises:
-        UserError: If the inverter has parts that code does not know.
+        UserError: If the inverter has parts that code does not know (another encoder or branch, a gate, a lift).
     """
-    if not isinstance(inverter.encoder, PublishedEncoder) or inverter.gate is not None:
-        raise UserError("only an inverter with the published hint encoder and without a gate fits an LDM checkpoint.")
+    published = isinstance(inverter.encoder, PublishedEncoder) and isinstance(inverter.branch, ControlNetModel)
+    if not published or inverter.gate is not None or inverter.lift is not None:
+        raise UserError(
+            "only an inverter with the published hint encoder and branch, without a gate or a lift, fits an LDM "
+            "checkpoint."
+        )
     state = export_ldm(inverter.prior, inverter.branch)
     for place, name in ((1, "conv1"), (3, "conv2"), (5, "out")):
         for kind, value in getattr(inverter.encoder, name).state_dict().items():
