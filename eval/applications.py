@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from eval.benchmark import check_backbone
 from featinv.applications import measure
 from featinv.applications.batches import decode, encode, seeds_of
 from featinv.applications.measure import Measured
@@ -27,7 +28,7 @@ from featinv.config import CONFIG_ROOT, instantiate, nearest
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.base import Inverter
-from featinv.inverters.build import Trained, check_spec, load_trained
+from featinv.inverters.build import Trained, load_trained
 from featinv.report.page import picture_table, write_page
 
 
@@ -67,7 +68,7 @@ class Measurements:
         inverters = {"spatial": self.inverter}
         if self.config.pooled is not None:
             pooled = load_trained(self.config.pooled)
-            check_spec(self.trained.spec, pooled.spec)
+            check_backbone(self.config.pooled, pooled, self.trained)
             inverters["pooled"] = self._moved(pooled.inverter)
         return measure.measure_composites(inverters, self.backbone, self.scenes, self.config.seed)
 

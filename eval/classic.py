@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import Subset
 
+from eval.benchmark import check_backbone
 from eval.classic_studies import (
     Study,
     WithBar,
@@ -42,7 +43,7 @@ from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.image import make_grid, save_png
-from featinv.inverters.build import check_spec, load_trained
+from featinv.inverters.build import load_trained
 from featinv.inverters.optimisation import OptimizationInverter
 from featinv.metrics.names import short_names
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
@@ -146,8 +147,8 @@ def table(config: DictConfig, out: Path) -> Study:
     trained = {name: load_trained(split_name(name)[0]) for name in part.inverters}
     first = next(iter(trained.values()))
     backbone, size = first.load_backbone(), first.inverter.size
-    for other in trained.values():
-        check_spec(other.spec, backbone.spec)
+    for name, other in trained.items():
+        check_backbone(name, other, first)
     module = instantiate(first.config.data, where="data")
     module.setup()
     items = Subset(module.val, range(min(part.n, len(module.val))))

@@ -25,6 +25,7 @@ from featinv.data.corruptions import CORRUPTIONS, corrupt
 from featinv.data.outliers import OUTLIERS, outlier, sketch
 from featinv.data.scenes import ScenesDataset
 from featinv.errors import UserError, exit_on_user_error
+from featinv.metrics.collection import class_count, classes_needed
 from featinv.metrics.robustness import Condition, Robustness
 from featinv.metrics.views import classifies
 from featinv.processes import own_device, process_group, process_rank
@@ -77,8 +78,11 @@ def chosen_conditions(config: DictConfig, backbone: Backbone, size: int, scenes:
 def left_out(config: DictConfig, backbone: Backbone, referee: Backbone | None) -> list[str]:
     """What is not measured, and why."""
     found = ["frost (pastes photographs of frost, which are not here)"] if config.corruptions is None else []
-    if not classifies(backbone):
+    classes = class_count(backbone)
+    if classes == 0:
         found.append(f"{', '.join(['class agreement', *config.attacks])} (the backbone has no classifier)")
+    elif classes < classes_needed("top5_agreement"):
+        found.append(f"top5_agreement (the backbone has too few classes, {classes})")
     if referee is not None and not classifies(referee):
         found.append("the referee's class agreement (it has no classifier)")
     return found

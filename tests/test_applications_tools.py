@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cells import SIZE, Cells, Mosaic, Noisy, Pooled
+from omegaconf import OmegaConf
 
 from featinv.applications import measure
 from featinv.applications.lookup import Examples, find_concept
@@ -140,14 +141,15 @@ def test_the_figures_of_inverters_whose_truth_is_known() -> None:
         measure.measure_steering(Mosaic(), backbone, reader, learn, scenes[slice(0, 3)])
 
 
-def test_the_evaluation_writes_figures_and_page(monkeypatch, tmp_path) -> None:
+def test_the_evaluation_writes_figures_and_page(monkeypatch, tmp_path, capsys) -> None:
     from types import SimpleNamespace
 
     from eval import applications
 
     def load(name: str) -> SimpleNamespace:
-        inverter = Pooled() if name == "pooled" else Mosaic()
-        return SimpleNamespace(load_backbone=Cells, inverter=inverter, spec=Cells().spec)
+        inverter = Mosaic() if name == "spatial" else Pooled()
+        config = OmegaConf.create({"backbone": {"params": {"pretrained": name != "control"}}})
+        return SimpleNamespace(load_backbone=Cells, inverter=inverter, spec=Cells().spec, config=config)
 
     monkeypatch.setattr(applications, "load_trained", load)
     words = [
@@ -163,6 +165,8 @@ def test_the_evaluation_writes_figures_and_page(monkeypatch, tmp_path) -> None:
     content = json.loads((tmp_path / "applications.json").read_text())
     assert content["composites"]["spatial"]["placed"]["value"] > content["composites"]["pooled"]["placed"]["value"]
     assert "coverage" in content["posterior"] and "composites" in (tmp_path / "applications.html").read_text()
-    monkeypatch.setattr("sys.argv", ["applications", *words, "parts=[postrior]"])
-    with pytest.raises(SystemExit):
-        applications.main()
+    for word, message in (("parts=[postrior]", "did you mean posterior"), ("pooled=control", "on another backbone")):
+        monkeypatch.setattr("sys.argv", ["applications", *words, word])
+        with pytest.raises(SystemExit):
+            applications.main()
+        assert message in capsys.readouterr().err

@@ -24,9 +24,11 @@ from featinv.metrics.distribution import frechet_distance, pooled
 from featinv.metrics.features import feature_cosine
 from featinv.metrics.images import pixel_diversity, psnr
 from featinv.metrics.rows import Judges, Row, evaluate_rows
+from featinv.metrics.summary import DISTRIBUTION_METRICS
+from featinv.metrics.tables import PAIRED, UNPAIRED
 from featinv.metrics.views import ImagePairs, View
 from featinv.processes import first_does, own_share, process_rank
-from featinv.report.benchmark import write_benchmark
+from featinv.report.benchmark import COLUMNS, benchmark_sections, write_benchmark
 
 
 def images(count: int, seed: int = 0, size: int = 32) -> Tensor:
@@ -328,3 +330,47 @@ def test_processes_share_the_parts_and_an_error_of_the_first_reaches_all(tmp_pat
 
 def _full() -> None:
     raise UserError("the disk is full.")
+
+
+@pytest.mark.parametrize("which", ["backbone", "referee"])
+def test_a_judge_of_few_classes_gives_no_top5_and_the_table_says_so(tmp_path, other, which) -> None:
+    backbone, referee = (Cells(), other) if which == "backbone" else (other, Cells())
+    benchmark = Benchmark(backbone, items(4), tmp_path, referee=referee, size=32, distribution_resamples=0)
+    content = benchmark.run({"a": Contestant(Painter())})
+    every = {f"{judge}top{k}_agreement" for judge in ("", "referee_") for k in (1, 5)}
+    missing = "top5_agreement" if which == "backbone" else "referee_top5_agreement"
+    assert every & set(content["inverters"]["a"]) == every - {missing}
+    assert content["meta"]["skipped"] == {missing: f"the {which} has too few classes (3)"}
+    write_benchmark(tmp_path, content, "title")
+    assert f"Skipped {missing}: the {which} has too few classes (3)" in (tmp_path / "table.md").read_text()
+
+
+def test_a_metric_that_only_its_dict_lists_is_in_every_table(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(METRICS, "mae", lambda p: (p.reconstructions - p.originals).abs().mean((1, 2, 3)))
+    monkeypatch.setitem(METRICS, "own_mae", METRICS["mae"])  # of one row only
+    monkeypatch.setitem(DISTRIBUTION_METRICS, "mmd", DISTRIBUTION_METRICS["precision"])
+    benchmark = Benchmark(Cells(), items(4), tmp_path, referee=Cells(), size=32, distribution_resamples=0)
+    rows = {"a": Contestant(Painter()), "b": Contestant(Painter(0.4), backbone=Cells("4"))}
+    content = benchmark.run(rows)
+    originals, a, b = Reconstructions(tmp_path / "a").originals(), *_first_samples(tmp_path)
+    further = float((b - originals).abs().mean() - (a - originals).abs().mean())
+    differences = content["differences"]["rows"]["b"]
+    assert differences["mae"]["value"] == pytest.approx(further, abs=1e-5) and "own_mae" not in differences
+    assert list(differences)[:2] == ["cosine", "referee_cosine"] and not set(differences) & set(UNPAIRED)
+    write_benchmark(tmp_path, content, "title")
+    columns = (tmp_path / "table.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    assert columns.index("mae") == columns.index("ssim") + 1 and columns[-2:] == ["mmd_mobilenetv2", "n"]
+    assert not [name for name in columns if name.startswith("factor_")]
+    sections = dict(benchmark_sections(tmp_path, content))
+    single, sets = sections["Figures"], sections["Sets of images"]
+    assert "<th>mae</th>" in single and "<th>mae</th>" in sections["Differences"] and "<th>mae</th>" not in sets
+    assert "mmd_mobilenetv2" in sets and "mmd_mobilenetv2" not in single
+
+
+def _first_samples(folder: Path) -> list[Tensor]:
+    return [Reconstructions(folder / name).samples(0) for name in ("a", "b")]
+
+
+def test_every_metric_of_the_package_has_its_place_in_the_tables() -> None:
+    assert set(METRICS) <= set(COLUMNS) and set(METRICS) == set(PAIRED) | set(UNPAIRED)
+    assert not set(PAIRED) & set(UNPAIRED)

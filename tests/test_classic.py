@@ -1,16 +1,28 @@
+import dataclasses
+import statistics
 import sys
 
 import pytest
 import torch
 from conftest import save_tiny, tiny_config, tiny_prior
+from omegaconf import OmegaConf
 
 from eval import classic
-from eval.classic_studies import Claim, study_activity, study_attacks, study_layers, study_maximisation
+from eval.benchmark import check_backbone
+from eval.classic_studies import (
+    Claim,
+    study_activity,
+    study_attacks,
+    study_grad_cam,
+    study_layers,
+    study_maximisation,
+)
 from featinv.attribution.localisation import localisation, single_object_scenes
 from featinv.attribution.transfer import attacks, predict
 from featinv.backbones import load_backbone
 from featinv.errors import UserError
 from featinv.image import save_png
+from featinv.inverters.build import load_trained
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
 from tools import visual_methods, visualize
 from tools.visualize import arguments
@@ -233,3 +245,48 @@ def test_visualize_takes_an_open_clip_tower(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tools.visualize", "grad_cam", *words])
     with pytest.raises(SystemExit):
         visualize.main()
+
+
+def test_inverters_of_equal_maps_and_other_weights_are_refused(tmp_path, net) -> None:
+    config = tiny_config(tmp_path / "no_prior")
+    settings = {"size": 32, "width": 32, "components": 16}
+    config.inverter = {"target": "featinv.inverters.upconv.UpconvInverter", "params": settings}
+    backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
+    save_tiny(tmp_path / "one" / "inverter.safetensors", config, backbone)
+    save_tiny(tmp_path / "same" / "inverter.safetensors", config, backbone)
+    config.backbone.params.seed = 1
+    save_tiny(tmp_path / "control" / "inverter.safetensors", config, backbone)
+    one, same, control = (load_trained(tmp_path / name) for name in ("one", "same", "control"))
+    assert one.spec == control.spec
+    check_backbone("same", same, one)
+    with pytest.raises(UserError, match="control was trained on another backbone .*'seed': 1.* inverters of one back"):
+        check_backbone("control", control, one)
+    table = {"inverters": [f"{tmp_path}/one", f"{tmp_path}/control+guided"], "n": 2, "steps": 1, "timed": 1}
+    with pytest.raises(UserError, match=r"control\+guided was trained on another backbone"):
+        classic.table(OmegaConf.create({"table": table, "referee": "mobilenetv2"}), tmp_path / "out")
+    other_layer = dataclasses.replace(one, spec=dataclasses.replace(one.spec, layer="layer2"))
+    with pytest.raises(UserError, match="the inverter was built for .*layer2"):
+        check_backbone("early", other_layer, one)
+
+
+def test_a_judge_of_the_same_name_leaves_the_attacked_network_its_column(net, tmp_path, monkeypatch) -> None:
+    class Unmoved(torch.nn.Module):
+        mean = torch.zeros(3)
+
+        def logits(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.0]]).expand(len(images), -1)
+
+    monkeypatch.setattr(visual_methods, "load_backbone", lambda name, **_: Unmoved())
+    image = torch.rand(1, 3, 32, 32)
+    words = ("resnet10t", "--backbone", "resnet10t", "--untrained", "--eps", "16")
+    made, numbers = _call("transfer", net, image, tmp_path, *words)
+    for attack, row in numbers["class_changed"].items():
+        moved = bool(predict(net, made[f"transfer_{attack}"]) != predict(net, image))
+        assert row == {"resnet10t (attacked)": moved, "resnet10t": False}
+    assert numbers["class_changed"]["pgd"]["resnet10t (attacked)"]
+
+
+def test_the_median_lift_of_an_even_number_of_scenes_is_between_the_two_in_the_middle(net) -> None:
+    figures = study_grad_cam(net, net, 4, "layer1").figures["trained"]
+    lifts = [inside / area for inside, area in zip(figures["inside"], figures["area"], strict=True)]
+    assert figures["median_lift"] == pytest.approx(statistics.median(lifts)) and len(set(lifts)) == 4

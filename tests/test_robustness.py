@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from cells import Cells
 from test_benchmark import Headless, Painter, items
 
 from eval.robustness import attack, chosen_conditions, corruption, foreign, left_out
@@ -218,3 +219,15 @@ def test_drawing_leaves_a_notebooks_backend_and_figures_alone(tmp_path) -> None:
         assert all(load_png(tmp_path / name).std() > 0.02 for name in ("layers.png", "curves.png"))
     finally:
         pyplot.switch_backend("agg")
+
+
+def test_a_backbone_of_few_classes_has_no_top5_and_the_table_says_so(tmp_path) -> None:
+    config = load_config(CONFIG_ROOT / "robustness.yaml", ["corruptions=[]", "attacks=[]", "ood=[]"])
+    skipped = left_out(config, Cells(), None)
+    assert skipped == ["top5_agreement (the backbone has too few classes, 3)"]
+    robustness = Robustness(Painter(), Cells(), items(3), tmp_path, referee=Cells())
+    content = robustness.run(chosen_conditions(config, Cells(), 32, scenes=True), {"skipped": skipped})
+    figures = content["conditions"]["clean"]["given"]
+    assert set(figures) == {"cosine", "top1_agreement", "referee_cosine", "referee_top1_agreement", "psnr", "ssim"}
+    write_robustness(tmp_path, content, "title")
+    assert f"skipped: {skipped[0]}" in (tmp_path / "table.md").read_text()

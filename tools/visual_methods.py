@@ -227,7 +227,9 @@ def _transfer(backbone: Backbone, image: Tensor, options: argparse.Namespace) ->
     target = None if options.target is None else torch.tensor([options.target])
     made = attacks(backbone, image, label, eps=options.eps / 255, l2_eps=options.l2, targets=target)
     judges = {name: load_backbone(name, input_size=backbone.input_size) for name in options.judges}
-    table = transfer_table(made, label, {options.backbone: backbone, **judges}, originals=image)
+    # Marked: a judge may have the same name and other weights (--untrained) or another layer.
+    networks = {f"{options.backbone} (attacked)": backbone, **judges}
+    table = transfer_table(made, label, networks, originals=image)
     changed = {attack: {judge: bool(cell["changed"]) for judge, cell in row.items()} for attack, row in table.items()}
     return {f"transfer_{attack}": picture for attack, picture in made.items()}, {"class_changed": changed}
 

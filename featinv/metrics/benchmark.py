@@ -21,13 +21,19 @@ from featinv.image import resize
 from featinv.inverters.base import Inverter
 from featinv.inverters.reconstruct import Items, Reconstructions, reconstruct
 from featinv.inverters.stored import StoredItems, store_items
-from featinv.metrics.collection import derangement, possible_metrics, same_class_partner
+from featinv.metrics.collection import (
+    class_count,
+    classes_needed,
+    derangement,
+    possible_metrics,
+    same_class_partner,
+)
 from featinv.metrics.distribution import SMALL_N, distribution_meta
 from featinv.metrics.factors import FactorProbe
 from featinv.metrics.rows import Judges, Row, RowEvaluation, evaluate_rows, probe_input
 from featinv.metrics.tables import CEILING, FLOOR, SAME_CLASS, Tables
 from featinv.metrics.truth import FactorTruth, rounded, scene_truth
-from featinv.metrics.views import Embedder, Perceptual, classifies
+from featinv.metrics.views import Embedder, Perceptual
 from featinv.processes import first_does
 
 __all__ = ["Benchmark", "Contestant", "FactorTruth", "evaluate", "scene_truth"]
@@ -248,17 +254,15 @@ class Benchmark:
 
     def _without_classes(self) -> dict[str, str]:
         """The metrics of class scores that a judge cannot give -> why."""
-        given = possible_metrics(
-            referee=self.referee is not None,
-            labels=self.class_labels,
-            classifies=classifies(self.backbone),
-            referee_classifies=self.referee is not None and classifies(self.referee),
-        )
-        return {
-            name: f"the {'referee' if name.startswith('referee') else 'backbone'} has no classifier"
-            for name in possible_metrics(referee=self.referee is not None, labels=self.class_labels)
-            if name not in given
-        }
+        judges = {"backbone": self.backbone, "referee": self.referee}
+        counts = {judge: 0 if network is None else class_count(network) for judge, network in judges.items()}
+        found = {}
+        for name in possible_metrics(referee=self.referee is not None, labels=self.class_labels):
+            judge = "referee" if "referee" in name else "backbone"
+            if counts[judge] < classes_needed(name):
+                has = f"too few classes ({counts[judge]})" if counts[judge] else "no classifier"
+                found[name] = f"the {judge} has {has}"
+        return found
 
 
 def own_networks(contestants: Mapping[str, Contestant]) -> list[Backbone]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from featinv.backbones.base import Backbone
 from featinv.errors import UserError
 from featinv.metrics import distribution, features, images
 from featinv.metrics.views import Embedder, ImagePairs, View
@@ -30,6 +32,9 @@ METRICS: dict[str, Callable[[ImagePairs], Tensor]] = {
 }
 """Per-image metrics: name -> function of a batch of pairs, giving one value per image (N,)."""
 
+CLASSES_NEEDED = {"top5_agreement": 5, "agreement": 1, "label_accuracy": 1}
+"""The class scores that a metric needs, by the end of its name; the largest that fits holds."""
+
 
 def possible_metrics(
     *,
@@ -37,15 +42,29 @@ def possible_metrics(
     labels: bool,
     own: bool = False,
     perceptual: bool = False,
-    classifies: bool = True,
-    referee_classifies: bool = True,
+    classes: float = math.inf,
+    referee_classes: float = math.inf,
 ) -> list[str]:
-    """Names in `METRICS` that these parts allow; the last two say which network has class scores."""
+    """Names in `METRICS` that these parts allow; the last two say how many class scores the networks give."""
     refused = {"referee_": not referee, "own_": not own, "lpips": not perceptual}
     names = [name for name in METRICS if not any(name.startswith(k) and off for k, off in refused.items())]
     names = [name for name in names if labels or "label" not in name]
-    classes = ("agreement", "label_accuracy")
-    return [n for n in names if not n.endswith(classes) or (referee_classifies if "referee" in n else classifies)]
+    return [n for n in names if classes_needed(n) <= (referee_classes if "referee" in n else classes)]
+
+
+def classes_needed(metric: str) -> int:
+    """The class scores without which a metric does not exist."""
+    return max((count for end, count in CLASSES_NEEDED.items() if metric.endswith(end)), default=0)
+
+
+def seen_classes(view: View) -> int:
+    """How many class scores a view's network gives, 0 without a classifier."""
+    return view.logits.shape[1] if view.classifies else 0
+
+
+def class_count(backbone: Backbone) -> int:
+    """How many class scores a backbone gives, 0 without a classifier; one black picture tells."""
+    return seen_classes(View(backbone, backbone.mean.new_zeros(1, 3, backbone.input_size, backbone.input_size)))
 
 
 def embed(

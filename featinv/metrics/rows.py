@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from featinv.errors import UserError
 from featinv.files import save_safetensors
-from featinv.metrics.collection import METRICS, embed, possible_metrics
+from featinv.metrics.collection import METRICS, embed, possible_metrics, seen_classes
 from featinv.metrics.factors import FactorProbe
 from featinv.metrics.features import feature_cosine
 from featinv.metrics.images import embedding_diversity, pixel_diversity
@@ -200,8 +200,8 @@ def _evaluate_row(
         labels=labels is not None,
         own=own is not None,
         perceptual=judges.perceptual is not None,
-        classifies=backbone.original.classifies,
-        referee_classifies=referee is not None and referee.original.classifies,
+        classes=seen_classes(backbone.original),
+        referee_classes=0 if referee is None else seen_classes(referee.original),
     )
     found = {_key(name, "indices", ""): torch.tensor(indices)}
     found |= {_key(name, "value", metric): METRICS[metric](pairs).cpu() for metric in names}

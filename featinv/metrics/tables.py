@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from featinv.inverters.stored import StoredItems
+from featinv.metrics.collection import METRICS
 from featinv.metrics.factors import FactorProbe
 from featinv.metrics.features import share_of_span
 from featinv.metrics.intervals import Interval, bootstrap_mean
@@ -23,7 +24,12 @@ Figures = dict[str, Interval]
 Span = tuple[float, float]
 FLOOR, SAME_CLASS, CEILING = "floor\n", "floor_same_class\n", "ceiling\n"  # no inverter's name ends so
 PAIRED = ("cosine", "referee_cosine", "top1_agreement", "top5_agreement", "psnr", "ssim", "lpips")
-"""Per-image metrics whose differences between inverters are given."""
+"""Per-image metrics whose differences between inverters are given, before those that `METRICS` was extended by."""
+UNPAIRED = (
+    *("cosine_median", "cosine_q05", "l2", "own_cosine", "label_accuracy"),
+    *("referee_top1_agreement", "referee_top5_agreement", "referee_label_accuracy"),
+)
+"""Those whose differences would say no more."""
 
 
 class Tables:
@@ -104,11 +110,12 @@ class Tables:
     def differences(self, names: list[str]) -> dict[str, Any]:
         """Mean differences from the first row, image by image, over the images of both rows."""
         against = self.numbers.values(names[0])
+        paired = [*PAIRED, *(metric for metric in METRICS if metric not in PAIRED + UNPAIRED)]
         found: dict[str, Figures] = {}
         for name in names[1:]:
             values = self.numbers.values(name)
             n = min(len(values["cosine"]), len(against["cosine"]))
-            shared = [metric for metric in PAIRED if metric in values]
+            shared = [metric for metric in paired if metric in values and metric in against]
             found[name] = {m: bootstrap_mean(values[m][:n] - against[m][:n], seed=self.seed) for m in shared}
         return {"against": names[0], "rows": found}
 

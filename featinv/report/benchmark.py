@@ -14,6 +14,7 @@ from torch import Tensor
 
 from featinv.files import write_text
 from featinv.inverters.reconstruct import Reconstructions
+from featinv.metrics.collection import METRICS
 from featinv.report.page import figure_table, figure_text, picture_table, write_page
 
 COLUMNS: tuple[str, ...] = (
@@ -26,11 +27,17 @@ DIVERSITY_COLUMNS = ("pixel_diversity", "diversity_")
 Rows = dict[str, Mapping[str, Any]]
 
 
+def per_image_columns() -> tuple[str, ...]:
+    """The metrics of single images in the order of the tables: `COLUMNS`, then what `METRICS` was extended by."""
+    return COLUMNS + tuple(metric for metric in METRICS if metric not in COLUMNS)
+
+
 def shown_columns(content: Mapping[str, Any]) -> list[str]:
-    """The metrics of the main table that this run has."""
+    """The metrics of the main table that this run has; new ones come last, factors have a table of their own."""
     known = list(dict.fromkeys(metric for figures in content["inverters"].values() for metric in figures))
     sets = [m for start in (*DISTRIBUTION_COLUMNS, *DIVERSITY_COLUMNS) for m in known if _is_of(m, start)]
-    return [m for m in COLUMNS if m in known] + list(dict.fromkeys(sets))
+    single = [m for m in per_image_columns() if m in known]
+    return list(dict.fromkeys([*single, *sets, *(m for m in known if not m.startswith("factor_"))]))
 
 
 def _is_of(metric: str, start: str) -> bool:
@@ -118,7 +125,7 @@ def difference_section(content: Mapping[str, Any]) -> str:
     differences = content["differences"]
     if not differences["rows"]:
         return ""
-    metrics = [m for m in COLUMNS if any(m in figures for figures in differences["rows"].values())]
+    metrics = [m for m in per_image_columns() if any(m in figures for figures in differences["rows"].values())]
     against = html.escape(differences["against"])
     note = f"<p class='note'>Row minus {against}, image by image; n.s.: the interval holds 0.</p>"
     return note + figure_table(differences["rows"], metrics, _difference_text)
@@ -151,13 +158,13 @@ def benchmark_sections(folder: Path, content: Mapping[str, Any], shown: int = 12
     fewest = min(len(Reconstructions(folder / name).ids) for name in names)
     columns = list(range(min(shown, max(fewest, 1))))
     metrics = shown_columns(content)
-    paired = [m for m in metrics if m in COLUMNS]
+    paired = [m for m in metrics if m in per_image_columns()]
     sections = [
         ("Pictures", picture_table(picture_rows(folder, names, columns))),
         ("Figures", _explained(figure_table(table_rows(content), paired))),
     ]
     if len(paired) < len(metrics):
-        sets = figure_table(table_rows(content), [m for m in metrics if m not in COLUMNS])
+        sets = figure_table(table_rows(content), [m for m in metrics if m not in paired])
         sections.append(
             ("Sets of images", sets + "".join(f"<p class='note'>{html.escape(n)}</p>" for n in notes(content)))
         )
