@@ -1,17 +1,13 @@
-import io
-
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_first_stage, tiny_prior, wake
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
 from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.controlled_unet import EstimateGate, unconditional
-from featinv.diffusion.first_stage import Finish, coarse_colour, normalise_latents
+from featinv.diffusion.first_stage import Finish, normalise_latents
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior, load_prior
@@ -236,37 +232,8 @@ def test_a_finish_changes_nothing_before_it_is_trained_and_is_saved_with_its_pri
     assert not torch.allclose(finished, plain, atol=1e-3)
     prior.save_pretrained(tmp_path / "p")
     again = load_prior(tmp_path / "p").first_stage
-    assert (again.finish.width, again.finish.layers, again.finish.colour) == (8, 2, 1)
+    assert (again.finish.width, again.finish.layers) == (8, 2)
     assert torch.equal(again.decode(latents, clamp=False), finished)
-
-
-def test_a_finish_with_coarse_colour_is_saved_so_and_changes_colour_alone(tmp_path, prior) -> None:
-    latents = torch.randn(2, 4, 4, 4)
-    plain = prior.first_stage.decode(latents, clamp=False)
-    prior.first_stage.finish = Finish(width=8, layers=1, colour=2).eval()
-    prior.save_pretrained(tmp_path / "p")
-    finished = load_prior(tmp_path / "p").first_stage.decode(latents, clamp=False)
-    assert torch.allclose(finished, coarse_colour(plain, 2), atol=1e-6) and not torch.allclose(
-        finished, plain, atol=1e-3
-    )
-    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
-    assert torch.allclose((finished * weights).sum(1), (plain * weights).sum(1), atol=1e-5)
-
-
-def test_coarse_colour_is_what_jpeg_keeps_of_it() -> None:
-    """4:2:0, whose decoder interpolates the colours of squares of two by two pixels, too."""
-    x = torch.linspace(0.2, 0.8, 32)
-    smooth = torch.stack([x.expand(32, 32), x.flip(0).expand(32, 32), x[:, None].expand(32, 32)])
-    image = (smooth + 0.1 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))).clamp(0.1, 0.9)
-    file = io.BytesIO()
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(
-        file, "JPEG", quality=100, subsampling=2
-    )
-    kept = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
-    coarse = coarse_colour(image[None], 2)[0]
-    assert (coarse - kept).abs().mean() < 0.006 < 0.05 < (image - kept).abs().mean()
-    grey = torch.rand(1, 1, 8, 8).expand(-1, 3, -1, -1)
-    assert torch.allclose(coarse_colour(grey, 2), grey, atol=1e-6)
 
 
 def test_a_prompt_without_dropped_rows_is_one_row_in_memory(prior) -> None:

@@ -91,8 +91,6 @@ def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
     if not node.get("module"):
         first_stage = load_prior(config.start).first_stage
         first_stage.finish = first_stage.finish or finish
-        if finish is not None and first_stage.finish is not None and "colour" in node.finish:
-            first_stage.finish.colour = finish.colour  # has no weights
         return first_stage
     first_stage = FirstStage(AutoencoderKL(**_plain(node.vae)), node.patch_size, node.shortcut, finish)
     start = load_prior(config.start).first_stage if config.get("start") else None

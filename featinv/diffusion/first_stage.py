@@ -100,19 +100,11 @@ class Finish(nn.Module):
     Args:
         width: Channels.
         layers: Residual blocks.
-        colour: Side of the squares whose pixels share one colour, interpolated between them, beside their own
-            brightness: 2 is what JPEG keeps of photographs (4:2:0), whose finest detail has hardly any colour, while a
-            decoder's, and above all that of gradient steps on its latents, has specks of it. 1 leaves it out.
-
-    Raises:
-        UserError: If colour is no such side.
     """
 
-    def __init__(self, width: int = 64, layers: int = 3, colour: int = 1):
+    def __init__(self, width: int = 64, layers: int = 3):
         super().__init__()
-        if colour < 1:
-            raise UserError(f"colour is the side of a square in pixels, 1 or more, not {colour}.")
-        self.width, self.layers, self.colour = width, layers, colour
+        self.width, self.layers = width, layers
         self.enter = nn.Conv2d(12, width, 3, padding=1)
         self.blocks = nn.ModuleList(
             ResnetBlock2D(in_channels=width, temb_channels=None, groups=8) for _ in range(layers)
@@ -125,19 +117,7 @@ class Finish(nn.Module):
         hidden = self.enter(F.pixel_unshuffle(images * 2 - 1, 2))
         for block in self.blocks:
             hidden = block(hidden, None)
-        images = images + F.pixel_shuffle(self.leave(hidden), 2) / 2
-        return images if self.colour == 1 else coarse_colour(images, self.colour)
-
-
-def coarse_colour(images: Tensor, side: int) -> Tensor:
-    """Images (N, 3, H, W) with colour at a `side`-th of the resolution, interpolated, and brightness as it was.
-
-    Brightness is JPEG's (ITU-R BT.601).
-    """
-    weights = images.new_tensor([0.299, 0.587, 0.114])
-    brightness = torch.einsum("c,nchw->nhw", weights, images)[:, None]
-    colour = F.interpolate(F.avg_pool2d(images - brightness, side), images.shape[-2:], mode="bilinear")
-    return brightness + colour
+        return images + F.pixel_shuffle(self.leave(hidden), 2) / 2
 
 
 class FirstStage(nn.Module):

@@ -96,8 +96,7 @@ class DiffusionPrior(nn.Module):
             if own is not None:
                 extra |= {f"{name}.{k}": v for k, v in own.state_dict().items()}
         save_safetensors(folder / "prior.safetensors", {k: v.to(dtype or v.dtype) for k, v in extra.items()})
-        names = ("width", "layers", "colour")
-        sizes = {} if finish is None else {"finish": {name: getattr(finish, name) for name in names}}
+        sizes = {} if finish is None else {"finish": {"width": finish.width, "layers": finish.layers}}
         write_json(folder / "prior.json", {"size": self.size, "patch_size": self.first_stage.patch_size} | sizes)
 
     @classmethod
