@@ -1,3 +1,5 @@
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from featinv.attribution.saliency import SALIENCY, grad_cam, gradient, guided_ba
 from featinv.attribution.transfer import accuracy, predict, transfer_table
 from featinv.backbones import Backbone, load_backbone
 from featinv.errors import UserError
+from tools.visual_methods import METHODS
 
 
 class _Plain(Backbone):
@@ -252,6 +255,14 @@ def test_saliency_is_at_the_images_own_size_and_explains_the_predicted_class(cnn
     assert torch.equal(found, gradient(cnn, images, cnn.logits(images).argmax(1)))
     one = smooth_grad(cnn, images.repeat(2, 1, 1, 1), [4, 4], seeds=[1, 2], samples=2)
     assert torch.equal(one[1:], smooth_grad(cnn, images, [4], seeds=[2], samples=2)) and not torch.equal(one[0], one[1])
+
+
+def test_a_network_of_three_classes_has_its_saliency_shown_too(cnn: Backbone, monkeypatch) -> None:
+    every = cnn.logits
+    monkeypatch.setattr(cnn, "logits", lambda images: every(images)[:, :3])
+    pictures, numbers = METHODS["gradient"](cnn, torch.rand(1, 3, 20, 48), argparse.Namespace(target=None))
+    assert list(pictures) == ["gradient"] and sorted(numbers["class"]) == [0, 1, 2]
+    assert sum(numbers["probability"]) == pytest.approx(1)
 
 
 def test_saliency_mistakes_say_what_to_do(cnn: Backbone, images: Tensor) -> None:

@@ -43,7 +43,8 @@ def _saliency(name: str) -> Method:
         target = None if options.target is None else [options.target]
         found = to_map(SALIENCY[name](backbone, image, target))
         with torch.no_grad():
-            best = backbone.logits(image).softmax(1)[0].topk(5)
+            probabilities = backbone.logits(image).softmax(1)[0]
+            best = probabilities.topk(min(5, len(probabilities)))
         numbers = {"class": best.indices.tolist(), "probability": best.values.tolist()}
         return {name: overlay(image, found)}, numbers
 
