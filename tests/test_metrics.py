@@ -292,10 +292,11 @@ def test_frechet_distance_equals_sqrtm_and_torchmetrics(n: int) -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def naive_kid(a: Tensor, b: Tensor) -> float:
-    def kernel(x: Tensor, y: Tensor) -> float:
-        return (float(x @ y) / len(x) + 1) ** 3
+def kernel(x: Tensor, y: Tensor) -> float:
+    return (float(x @ y) / len(x) + 1) ** 3
 
+
+def naive_kid(a: Tensor, b: Tensor) -> float:
     xx = [kernel(x, y) for x, y in itertools.permutations(a, 2)]
     yy = [kernel(x, y) for x, y in itertools.permutations(b, 2)]
     return float(np.mean(xx) + np.mean(yy) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
@@ -325,9 +326,6 @@ def test_kernel_distance_is_unbiased_and_frechet_is_not() -> None:
 
 
 def naive_paired_kid(a: Tensor, b: Tensor) -> float:
-    def kernel(x: Tensor, y: Tensor) -> float:
-        return (float(x @ y) / len(x) + 1) ** 3
-
     others = list(itertools.permutations(range(len(a)), 2))
     parts = [np.mean([kernel(x[i], y[j]) for i, j in others]) for x, y in ((a, a), (b, b), (a, b))]
     return float(parts[0] + parts[1] - 2 * parts[2])
