@@ -91,9 +91,9 @@ def test_a_borrowed_branch_is_neither_trained_nor_saved(tmp_path, borrowing, bac
 
 def test_a_branch_that_has_changed_or_does_not_fit_is_refused(tmp_path, config, borrowing, backbone) -> None:
     save_tiny(tmp_path / "run" / "inverter.safetensors", borrowing, backbone)
-    twice = OmegaConf.merge(borrowing, {"branch_of": str(tmp_path / "run")})
-    with pytest.raises(UserError, match="itself borrowed"):
-        build_inverter(twice, backbone.spec)
+    light = OmegaConf.merge(borrowing, {"inverter": {"params": {"branch": "light"}}})
+    with pytest.raises(UserError, match="another kind"):
+        build_inverter(light, backbone.spec)
     decoder = OmegaConf.merge(borrowing, {})
     decoder.inverter = {"target": "featinv.inverters.upconv.UpconvInverter", "params": {"size": 32}}
     with pytest.raises(UserError, match="has no branch"):
@@ -109,6 +109,22 @@ def test_a_branch_that_has_changed_or_does_not_fit_is_refused(tmp_path, config, 
     tiny_prior().save_pretrained(config.prior)
     with pytest.raises(UserError, match="another prior"):
         build_inverter(borrowing, backbone.spec)
+
+
+def test_a_branch_can_be_borrowed_from_one_that_borrowed_it(tmp_path, config, borrowing, backbone) -> None:
+    save_tiny(tmp_path / "run" / "inverter.safetensors", borrowing, backbone)
+    twice = OmegaConf.merge(config, {"branch_of": str(tmp_path / "run")})  # with an encoder of a third size
+    twice.conditioning.params.hidden = 16
+    inverter, lender = save_tiny(tmp_path / "twice.safetensors", twice, backbone), load_inverter(tmp_path / "lender")
+    assert all(torch.equal(v, dict(inverter.branch.named_parameters())[k]) for k, v in lender.branch.named_parameters())
+    features = backbone(torch.rand(2, 3, 32, 32))
+    again = load_inverter(tmp_path / "twice.safetensors")
+    assert (again.invert(features, seeds=[1, 2]) - inverter.invert(features, seeds=[1, 2])).abs().max() < 1e-5
+
+    torch.manual_seed(9)
+    save_tiny(tmp_path / "lender" / "inverter.safetensors", config, backbone)  # trained again, tmp_path/run is not
+    with pytest.raises(UserError, match="another branch than it now borrows"):
+        build_inverter(twice, backbone.spec)
 
 
 def test_another_prior_is_refused(tmp_path, config, backbone) -> None:

@@ -220,6 +220,22 @@ def test_a_lift_goes_on_with_a_branch_that_was_trained_further(tmp_path, lifted,
     assert torch.allclose(again.lift(features, [1]), inverter.lift(features, [1]), atol=1e-3)
 
 
+def test_a_lift_stands_in_front_of_an_encoder_that_borrows_its_branch(tmp_path, lifted, backbone) -> None:
+    second = tiny_config(tmp_path / "prior", branch_of=str(tmp_path / "lender"))
+    second.backbone.params = {**second.backbone.params, "layer": "layer3"}
+    second.conditioning.params.hidden = 32
+    encoded = save_tiny(tmp_path / "second" / "inverter.safetensors", second, backbone.at("layer3"))
+    chained = OmegaConf.merge(lifted, {"branch_of": str(tmp_path / "second")})
+    with pytest.raises(UserError, match="of another kind or size"):
+        build_inverter(chained, backbone.spec, backbone)  # the encoder of tmp_path/lender is another one
+    chained.conditioning.params.hidden = 32
+    inverter = save_tiny(tmp_path / "run" / "inverter.safetensors", chained, backbone)
+    features = backbone(torch.rand(2, 3, 32, 32))
+    told = inverter.lift(features, [1, 2])
+    drawn = load_inverter(tmp_path / "run").invert(features, seeds=[1, 2])
+    assert (encoded.invert(told, seeds=[1, 2]) - drawn).abs().max() < 1e-4
+
+
 def test_a_lift_without_a_lender_is_refused(lifted, backbone) -> None:
     with pytest.raises(UserError, match="set branch_of"):
         build_inverter(OmegaConf.merge(lifted, {"branch_of": None}), backbone.spec)

@@ -91,14 +91,28 @@ def _borrow_branch(inverter: Inverter, lender: str) -> None:
     """Let an inverter look through the branch of another one; see `DiffusionInverter.borrow_branch`."""
     if not isinstance(inverter, DiffusionInverter):
         raise UserError(f"branch_of={lender}: {type(inverter).__name__} has no branch.")
-    tree, device = load_checkpoint(find_inverter(lender)), inverter.null_embedding.device
+    device = inverter.null_embedding.device
     known = device.type != "meta"  # a dry run's weights have no values to compare
-    if known and tree.get("featinv", {}).get("prior") != prior_fingerprint(inverter.prior):
-        raise UserError(f"branch_of={lender}: it was trained with another prior.")
+    state, branch = _lent(lender, prior_fingerprint(inverter.prior) if known else None)
     try:
-        inverter.borrow_branch({key: value.to(device) for key, value in _averaged(tree).items()})
+        inverter.borrow_branch({key: value.to(device) for key, value in state.items()})
     except UserError as error:
         raise UserError(f"branch_of={lender}: {error}") from error
+    if known and branch not in (None, fingerprint(*inverter.branch.parameters())):
+        raise UserError(f"branch_of={lender}: it was trained with another branch than it now borrows; retrain it.")
+
+
+def _lent(lender: str, prior: str | None) -> tuple[dict[str, Tensor], str | None]:
+    """The state of a lender, with what it has borrowed itself, and the branch that it was trained with."""
+    tree = load_checkpoint(find_inverter(lender))
+    described = tree.get("featinv", {})
+    if prior is not None and described.get("prior") != prior:
+        raise UserError(f"branch_of={lender}: it was trained with another prior.")
+    config, state = described.get("config", {}), _averaged(tree)
+    if further := config.get("branch_of"):
+        trained = "lift." if config.get("lift") else "encoder."
+        state |= {k: v for k, v in _lent(further, prior)[0].items() if not k.startswith(trained)}
+    return state, described.get("branch")
 
 
 def _training_images(config: DictConfig) -> Any:

@@ -117,13 +117,13 @@ class DiffusionInverter(nn.Module):
         With a lift the encoder is taken, too, and only the lift is trained.
 
         Raises:
-            UserError: If the state is that of another kind of branch.
+            UserError: If the state is that of another kind of branch, or, with a lift, of another encoder.
         """
         trained = "encoder." if self.lift is None else "lift."
         own = {k: v.shape for k, v in self.trainable_state().items() if not k.startswith(trained)}
         given = {k: v for k, v in state.items() if not k.startswith(trained)}
         if own != {k: v.shape for k, v in given.items()}:
-            raise UserError("its branch is of another kind than this inverter's, or itself borrowed.")
+            raise UserError("its branch, or with a lift its encoder, is of another kind or size than this inverter's.")
         self.load_state_dict(given, strict=False)
         self._foreign = ("prior.", *given)
         for name, parameter in self.named_parameters():
