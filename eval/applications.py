@@ -17,7 +17,6 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from eval.benchmark import check_backbone
 from featinv.applications import measure
 from featinv.applications.batches import decode, encode, seeds_of
 from featinv.applications.measure import Measured
@@ -28,7 +27,7 @@ from featinv.config import CONFIG_ROOT, instantiate, nearest
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.base import Inverter
-from featinv.inverters.build import Trained, load_trained
+from featinv.inverters.build import Trained, check_backbone, load_trained
 from featinv.report.page import picture_table, write_page
 
 

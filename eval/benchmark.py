@@ -37,7 +37,7 @@ from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError, exit_on_user_error
-from featinv.inverters.build import Trained, build_inverter, check_spec, find_inverter, load_trained
+from featinv.inverters.build import Trained, build_inverter, find_inverter, load_trained
 from featinv.metrics.benchmark import Benchmark, Contestant, scene_truth
 from featinv.metrics.names import distinct
 from featinv.metrics.networks import available_networks
@@ -110,28 +110,6 @@ def own_backbone(trained: Trained, setting: Setting, known: dict[str, Backbone])
     if key not in known:
         known[key] = trained.load_backbone().to(setting.backbone.mean.device)
     return known[key]
-
-
-def check_backbone(name: str, trained: Trained, given: Trained) -> None:
-    """Say so if an inverter was trained on another network than the one whose features it is to be given.
-
-    Networks with other weights have maps of the same shape and layer, so that the spec alone does not tell.
-
-    Args:
-        name: Of the inverter, for the message.
-        trained: The inverter.
-        given: The one whose backbone gives the features.
-
-    Raises:
-        UserError: If the backbones' features or configurations differ.
-    """
-    check_spec(trained.spec, given.spec)
-    if trained.config.backbone != given.config.backbone:
-        own, other = (dict(each.config.backbone.get("params") or {}) for each in (trained, given))
-        raise UserError(
-            f"{name} was trained on another backbone ({own}) than the one that gives the features ({other}); "
-            "choose inverters of one backbone."
-        )
 
 
 def trained_contestant(

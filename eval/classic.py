@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import Subset
 
-from eval.benchmark import check_backbone
 from eval.classic_studies import (
     Study,
     WithBar,
@@ -43,7 +42,7 @@ from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.image import make_grid, save_png
-from featinv.inverters.build import load_trained
+from featinv.inverters.build import check_backbone, load_trained
 from featinv.inverters.optimisation import OptimizationInverter
 from featinv.metrics.names import short_names
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic

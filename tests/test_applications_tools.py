@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cells import SIZE, Cells, Mosaic, Noisy, Pooled
+from conftest import TINY_BACKBONE, save_tiny, tiny_config
 from omegaconf import OmegaConf
 
 from featinv.applications import measure
 from featinv.applications.lookup import Examples, find_concept
 from featinv.applications.scene_reader import SceneReader, SceneSet, object_crops, scene_set, with_reconstructions
+from featinv.backbones import load_backbone
 from featinv.data.scene_factors import FACTOR_INDEX
 from featinv.data.scenes import render_scenes
 from featinv.errors import UserError
@@ -29,6 +31,23 @@ def command(monkeypatch, tmp_path):
 
     run.folder = tmp_path
     return run
+
+
+def test_a_named_backbone_of_other_weights_is_refused(tmp_path, monkeypatch, backbone) -> None:
+    config = tiny_config(tmp_path / "no_prior")
+    settings = {"size": 32, "width": 32, "components": 16}
+    config.inverter = {"target": "featinv.inverters.upconv.UpconvInverter", "params": settings}
+    save_tiny(tmp_path / "run" / "inverter.safetensors", config, backbone)
+    options = apply.arguments(["posterior", "--inverter", str(tmp_path / "run"), "--backbone", "resnet10t"])
+    monkeypatch.setattr(task, "load_backbone", lambda *_, **__: backbone)
+    assert task.Task(options).backbone is backbone
+    other = load_backbone(**{**TINY_BACKBONE, "seed": TINY_BACKBONE.get("seed", 0) + 1})
+    monkeypatch.setattr(task, "load_backbone", lambda *_, **__: other)
+    with pytest.raises(UserError, match="trained on other weights than --backbone has"):
+        task.Task(options)
+    monkeypatch.setattr(task, "load_backbone", lambda *_, **__: backbone.at("layer3"))
+    with pytest.raises(UserError, match="built for .*layer4|built for .*final"):
+        task.Task(options)
 
 
 PAIR = "--scene 5:3 --other-scene 5:4"

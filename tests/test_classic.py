@@ -8,7 +8,6 @@ from conftest import save_tiny, tiny_config, tiny_prior
 from omegaconf import OmegaConf
 
 from eval import classic
-from eval.benchmark import check_backbone
 from eval.classic_studies import (
     Claim,
     study_activity,
@@ -22,7 +21,7 @@ from featinv.attribution.transfer import attacks, predict
 from featinv.backbones import load_backbone
 from featinv.errors import UserError
 from featinv.image import save_png
-from featinv.inverters.build import load_trained
+from featinv.inverters.build import check_backbone, load_trained
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
 from tools import visual_methods, visualize
 from tools.visualize import arguments

@@ -22,6 +22,7 @@ from featinv.data.scenes import render_scenes
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter
 from featinv.inverters.build import Trained, build_inverter, check_spec, load_trained
+from featinv.inverters.described import weights_hash
 from featinv.inverters.masks import region_mask
 from featinv.metrics.features import feature_cosine
 
@@ -37,8 +38,8 @@ class Task:
         name = options.inverter
         self.trained: Trained | None = None if name == "optimisation" else load_trained(name)
         self.backbone = self._backbone()
-        if self.trained is not None:
-            check_spec(self.trained.spec, self.backbone.spec)
+        if self.trained is not None and options.backbone is not None:
+            self._check_weights(self.trained)
         self.inverter: Inverter = self.trained.inverter if self.trained else self.untrained(self.backbone)
         if isinstance(self.inverter, torch.nn.Module) and torch.cuda.is_available():
             self.inverter.to("cuda")
@@ -55,6 +56,14 @@ class Task:
             size = {} if o.input_size is None else {"input_size": o.input_size}
             backbone = load_backbone(o.backbone, o.layer, **size)
         return backbone.to("cuda") if torch.cuda.is_available() else backbone
+
+    def _check_weights(self, trained: Trained) -> None:
+        """Networks with other weights have maps of the same shape and layer: the spec alone does not tell."""
+        check_spec(trained.spec, self.backbone.spec)
+        if weights_hash(trained.load_backbone().state_dict()) != weights_hash(self.backbone.state_dict()):
+            raise UserError(
+                f"{self.options.inverter} was trained on other weights than --backbone has; leave that out."
+            )
 
     def untrained(self, backbone: Backbone) -> Inverter:
         """The optimisation inverter at any layer."""

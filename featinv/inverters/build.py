@@ -247,6 +247,28 @@ def check_spec(wanted: FeatureSpec, found: FeatureSpec) -> None:
         raise UserError(f"the inverter was built for {wanted}, but the backbone gives {found}.")
 
 
+def check_backbone(name: str, trained: Trained, given: Trained) -> None:
+    """Say so if an inverter was trained on another network than the one whose features it is to be given.
+
+    Networks with other weights have maps of the same shape and layer, so that the spec alone does not tell.
+
+    Args:
+        name: Of the inverter, for the message.
+        trained: The inverter.
+        given: The one whose backbone gives the features.
+
+    Raises:
+        UserError: If the backbones' features or configurations differ.
+    """
+    check_spec(trained.spec, given.spec)
+    if trained.config.backbone != given.config.backbone:
+        own, other = (dict(each.config.backbone.get("params") or {}) for each in (trained, given))
+        raise UserError(
+            f"{name} was trained on another backbone ({own}) than the one that gives the features ({other}); "
+            "choose inverters of one backbone."
+        )
+
+
 def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) -> Trained:
     """Load an inverter with its configuration.
 
