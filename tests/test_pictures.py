@@ -85,6 +85,16 @@ def test_grey_of_16_bits_keeps_what_8_bits_cannot_hold() -> None:
         check(tiff, share(pixels), 1e-6)
 
 
+def test_grey_of_12_bits_as_cameras_write_it() -> None:
+    pixels = np.linspace(0, 4095, 24).astype(int).reshape(4, 6)
+    packed = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in pixels.reshape(-1, 2))
+    tags = {256: 6, 257: 4, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 4, 279: len(packed)}  # TIFF 6.0, section 3
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + directory
+    check(data, pixels[:, :, None] / 4095, 1e-6)
+
+
 def test_palette_whose_entries_are_partly_transparent() -> None:
     index, palette, alpha = random(1) % 6, random(3, seed=3)[:6, 0], np.array([0, 51, 128, 255], np.uint8)
     data = png(index, PALETTE, PLTE=palette.tobytes(), tRNS=alpha.tobytes())

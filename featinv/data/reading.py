@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from featinv.errors import UserError
@@ -164,7 +164,8 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     """Grey of more than 8 bits as float32 (H, W) in [0, 1]."""
     pixels = np.asarray(image).astype(np.float32)
     if image.mode != "F":
-        pixels /= 65535  # 16 bits; Pillow may widen them to 32
+        (bits,) = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))  # cameras' TIFFs have 12
+        pixels /= 2 ** min(bits, 16) - 1  # Pillow may widen 16 to 32
         return np.clip(pixels, 0, 1, out=pixels)
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError("its floating-point pixels are not in [0, 1]")
