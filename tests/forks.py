@@ -6,8 +6,13 @@ hundred tests it has threads (progress bars, event writers, served pages) whose 
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import cloudpickle
 import torch
@@ -31,6 +36,36 @@ def in_two_processes(work: Callable[[], None], exit_codes: Sequence[int] = (0, 0
 def in_a_process(work: Callable[[], None], exit_code: int = 0) -> None:
     """Let one other process work, and expect how it ends (-9: killed)."""
     _run(work, [{}], [exit_code])
+
+
+def run_command(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` to its end, as subprocess.run would with its output captured."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = CONTEXT.Process(target=_command, args=(list(words), str(cwd), dict(os.environ), streams))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+        assert process.exitcode is not None, f"{words} did not end: {streams[1].read_text()[-3000:]}"
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in streams))
+
+
+def _command(words: list[str], cwd: str, environment: dict[str, str], streams: list[Path]) -> None:
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.chdir(cwd)
+    module = words[0] == "-m"
+    script, *arguments = words[module:]
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, cwd if module else str(Path(script).parent.resolve()))
+    if module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(script, run_name="__main__")
 
 
 def _run(work: Callable[[], None], environments: Sequence[dict[str, object]], exit_codes: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_prior
+from forks import run_command
 
 from eval.benchmark import spelled_out
 from featinv.checkpoint import load_checkpoint
@@ -20,10 +21,14 @@ from featinv.config import CONFIG_ROOT
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300, env=_environment()
-    )
+def _run(*words: str) -> subprocess.CompletedProcess:
+    return run_command(words, ROOT)
+
+
+def _run_alone(*words: str) -> subprocess.CompletedProcess:
+    """In an interpreter that has imported nothing, as a user's."""
+    command, environment = [sys.executable, *words], _environment()
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def _environment() -> dict[str, str]:
@@ -70,7 +75,7 @@ def experiment(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(experiment) -> Path:
-    done = _run("train.py", f"experiment={experiment}", f"out={experiment.parent / 'run'}", cwd=ROOT)
+    done = _run_alone("train.py", f"experiment={experiment}", f"out={experiment.parent / 'run'}")
     assert done.returncode == 0, done.stderr[-2000:]
     return experiment.parent / "run"
 
@@ -85,7 +90,7 @@ def test_training_leaves_an_inverter_a_curve_and_pictures(trained) -> None:
 
 def test_a_finished_run_does_not_train_again(experiment, trained) -> None:
     before = (trained / "inverter.safetensors").read_bytes()
-    done = _run("train.py", f"experiment={experiment}", f"out={trained}", cwd=ROOT)
+    done = _run("train.py", f"experiment={experiment}", f"out={trained}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (trained / "inverter.safetensors").read_bytes() == before
 
@@ -93,7 +98,7 @@ def test_a_finished_run_does_not_train_again(experiment, trained) -> None:
 def test_a_run_starts_from_the_weights_of_another(experiment, trained) -> None:
     out = experiment.parent / "from_run"
     words = [f"experiment={experiment}", f"training.start={trained}", "training.max_steps=1", f"out={out}"]
-    done = _run("train.py", *words, "training.module.params.learning_rate=1e-12", cwd=ROOT)
+    done = _run("train.py", *words, "training.module.params.learning_rate=1e-12")
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_checkpoint(run / "inverter.safetensors")["state_dict"] for run in (trained, out))
     for key, value in one.items():
@@ -104,13 +109,12 @@ def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:
     from featinv.image import load_png, save_png
 
     save_png(tmp_path / "my.png", torch.rand(3, 50, 70))
-    done = _run(
+    done = _run_alone(
         "sample.py",
         f"inverter={trained}",
         f"image={tmp_path / 'my.png'}",
         "samples=2",
         f"out={tmp_path / 'one'}",
-        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert load_png(tmp_path / "one" / "samples" / "my_1.png").shape == (3, 32, 32)
@@ -122,11 +126,11 @@ def test_sampling_one_picture_and_a_data_set(trained, tmp_path) -> None:
         "guidance_scale=2",
         f"out={tmp_path / 'set'}",
     ]
-    assert _run("sample.py", *words, cwd=ROOT).returncode == 0
+    assert _run("sample.py", *words).returncode == 0
     kept = {p: p.read_bytes() for p in (tmp_path / "set" / "samples").iterdir()}
     assert len(kept) == 3
     next(iter(kept)).unlink()
-    assert _run("sample.py", *words, cwd=ROOT).returncode == 0
+    assert _run("sample.py", *words).returncode == 0
     assert {p: p.read_bytes() for p in (tmp_path / "set" / "samples").iterdir()} == kept
 
 
@@ -139,7 +143,7 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
         "factor_images=40",
         "params={refined: {steps: 4, tolerance: 1}}",
     ]
-    done = _run("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}", cwd=ROOT)
+    done = _run_alone("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "metrics.json").read_text())
     documented = {
@@ -163,10 +167,10 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64" in page and "http" not in page.replace("http-equiv", "")
     assert (tmp_path / "table.md").read_text().count("\n| ") == 8 and (tmp_path / "table.csv").is_file()
-    done = _run("-m", "eval.layers", f"benchmarks=[{tmp_path}]", f"out={tmp_path / 'layers'}", cwd=ROOT)
+    done = _run("-m", "eval.layers", f"benchmarks=[{tmp_path}]", f"out={tmp_path / 'layers'}")
     assert done.returncode == 0 and "retrieval" in done.stdout, done.stderr[-2000:]
     words = [f"inverter={trained}", "n=2", "corruptions=[fog]", "severities=[2]", "eps=[4]", "ood=[noise]"]
-    done = _run("-m", "eval.robustness", *words, f"out={tmp_path / 'robustness'}", cwd=ROOT)
+    done = _run("-m", "eval.robustness", *words, f"out={tmp_path / 'robustness'}")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "robustness" / "robustness.json").read_text())["conditions"]
     assert set(found) == {"clean", "fog-2", "fgsm-4of255", "pgd-4of255", "noise"}
@@ -199,7 +203,7 @@ def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_pa
     process.wait()
     assert load_checkpoint(cut / "last.safetensors")["global_step"] < 40
     for out in (cut, tmp_path / "whole"):
-        done = _run(*words, f"out={out}", cwd=ROOT)
+        done = _run(*words, f"out={out}")
         assert done.returncode == 0, done.stderr[-2000:]
     resumed, whole = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("cut", "whole"))
     for part in ("state_dict", "ema"):
@@ -229,7 +233,7 @@ def test_torchrun_starts_again_after_a_killed_process_and_trains_what_one_proces
     os.kill(int(second), signal.SIGKILL)
     assert process.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
     assert "exitcode: -9" in (tmp_path / "log").read_text()
-    done = _run(*words, f"out={tmp_path / 'one'}", cwd=ROOT)
+    done = _run(*words, f"out={tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr[-3000:]
     features = torch.rand(2, 512, 2, 2)
     one, two = (load_inverter(tmp_path / name).invert(features, seeds=[1, 2]) for name in ("one", "two"))
@@ -243,25 +247,23 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     words = ["data.params.length=80", "validation.params.length=4", "unet.batch_size=8"]
     words += [f"{part}.module.params.max_steps=2" for part in ("first_stage", "unet")]
     words += [f"first_stage.{stage}.params.max_steps=2" for stage in ("finishing", "polish")]
-    done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path}", cwd=ROOT)
+    done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path}")
     assert done.returncode == 0, done.stderr[-3000:]
     prior = load_prior(tmp_path / "prior")
     assert prior.size == 64 and prior.latent_shape == (12, 16, 16)
     assert json.loads((tmp_path / "first_stage.json").read_text())["psnr"] > 25
     assert load_png(tmp_path / "samples.png").shape[0] == 3
-    done = _run("-m", "tools.train_prior", "scenes64", *words, "size=65", f"out={tmp_path}", cwd=ROOT)
+    done = _run("-m", "tools.train_prior", "scenes64", *words, "size=65", f"out={tmp_path}")
     assert done.returncode == 2 and "size: 64 -> 65" in done.stderr and "--changed" in done.stderr
     words += [f"start={tmp_path / 'prior'}", "first_stage.module=null", "unet.module=null"]
-    done = _run("-m", "tools.train_prior", "scenes64", *words[:2], *words[4:], f"out={tmp_path / 'on'}", cwd=ROOT)
+    done = _run("-m", "tools.train_prior", "scenes64", *words[:2], *words[4:], f"out={tmp_path / 'on'}")
     assert done.returncode == 0, done.stderr[-3000:]
     on, pictures = load_prior(tmp_path / "on" / "prior"), torch.rand(2, 3, 64, 64)
     assert torch.equal(on.first_stage.encode(pictures), prior.first_stage.encode(pictures))
     assert all(torch.equal(a, b) for a, b in zip(on.unet.parameters(), prior.unet.parameters(), strict=True))
     latents = torch.randn(1, 12, 16, 16)
     assert not torch.equal(on.first_stage.decode(latents), prior.first_stage.decode(latents))
-    done = _run(
-        "-m", "tools.train_prior", "scenes64", "unet.module=null", f"out={tmp_path / 'no'}", *words[:2], cwd=ROOT
-    )
+    done = _run("-m", "tools.train_prior", "scenes64", "unet.module=null", f"out={tmp_path / 'no'}", *words[:2])
     assert done.returncode != 0 and "`start`" in done.stderr
 
 
@@ -270,7 +272,7 @@ def test_every_classic_method_runs_on_a_picture(tmp_path) -> None:
 
     save_png(tmp_path / "my.png", torch.rand(3, 90, 70))
     words = ["--all", "--image", str(tmp_path / "my.png"), "--input-size", "64", "--steps", "2"]
-    done = _run("-m", "tools.visualize", *words, "--out", str(tmp_path / "out"), cwd=ROOT)
+    done = _run("-m", "tools.visualize", *words, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "out" / "report.html").read_text()
     for name in ("grad_cam", "guided_backprop", "integrated_gradients", "optimisation", "maximisation", "fgsm", "pgd"):
@@ -297,7 +299,7 @@ def test_every_classic_method_runs_on_a_picture(tmp_path) -> None:
     ],
 )
 def test_a_mistake_gets_one_sentence_and_exit_code_2(words, message) -> None:
-    done = _run(*words, cwd=ROOT)
+    done = _run(*words)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -305,7 +307,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(words, message) -> None:
     "script", [["train.py"], ["sample.py"], ["-m", "eval.benchmark"], ["-m", "eval.robustness"], ["-m", "tools.demo"]]
 )
 def test_help_lists_every_key(script) -> None:
-    done = _run(*script, "--help", cwd=ROOT)
+    done = _run(*script, "--help")
     assert done.returncode == 0 and "key" in done.stdout and "seed" in done.stdout
 
 
@@ -314,6 +316,6 @@ def test_a_picture_that_is_none_gets_a_clear_error(trained, tmp_path, damage) ->
     path = tmp_path / "my.jpg"
     if damage != "missing":
         path.write_text("" if damage == "empty" else "hello")
-    done = _run("sample.py", f"inverter={trained}", f"image={path}", f"out={tmp_path / 'out'}", cwd=ROOT)
+    done = _run("sample.py", f"inverter={trained}", f"image={path}", f"out={tmp_path / 'out'}")
     assert done.returncode == 2 and "my.jpg" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
