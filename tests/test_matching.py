@@ -9,6 +9,7 @@ from conftest import wake
 
 from featinv.applications.matching import (
     MATCHING,
+    BestInverter,
     CorrectedInverter,
     FeatureGuidedInverter,
     RefinedInverter,
@@ -40,6 +41,39 @@ def test_suffixes_are_split_off_and_a_path_that_is_there_is_a_name(tmp_path, mon
     assert split_name("lr+wd") == ("lr+wd", ()) and split_name("lr+wd+refined") == ("lr+wd", ("refined",))
     with pytest.raises(UserError, match="did you mean refined"):
         split_name("runs/a+refine")
+
+
+def test_the_best_of_some_is_the_nearest_of_them_row_by_row() -> None:
+    class Recorded(Noise):
+        def __init__(self):
+            self.drawn = []
+
+        def invert(self, features, *, seeds):
+            self.drawn.append(super().invert(features, seeds=seeds))
+            return self.drawn[-1]
+
+    backbone, features, recorded = Cells(), torch.rand(5, 3, 8, 8), Recorded()
+    images = BestInverter(recorded, backbone, count=6).invert(features, seeds=[1, 2, 3, 4, 5])
+    drawn = torch.stack(recorded.drawn)
+    assert len(drawn) == 6 and len({float(picture.sum()) for picture in drawn.flatten(0, 1)}) == 30  # no draw twice
+    cosines = torch.stack([feature_cosine(features, backbone(each)) for each in drawn])
+    chosen = [drawn[int(cosines[:, row].argmax()), row] for row in range(5)]
+    assert torch.equal(images, torch.stack(chosen)) and len(set(cosines.argmax(0).tolist())) > 1
+    assert torch.equal(drawn[0], Noise().invert(features, seeds=[1, 2, 3, 4, 5]))
+    assert torch.equal(BestInverter(Noise(), backbone, 6).invert(features[3:4], seeds=[4])[0], images[3])
+    assert torch.equal(BestInverter(Noise(), backbone, 1).invert(features, seeds=[1, 2, 3, 4, 5]), drawn[0])
+    with pytest.raises(UserError, match="draw one at least"):
+        BestInverter(Noise(), backbone, 0)
+
+
+def test_a_picture_that_is_not_finite_is_not_the_best() -> None:
+    class Broken(Noise):
+        def invert(self, features, *, seeds):
+            images = super().invert(features, seeds=seeds)
+            return torch.full_like(images, torch.nan) if seeds == [7] else images
+
+    images = BestInverter(Broken(), Cells(), 3).invert(torch.rand(1, 3, 8, 8), seeds=[7])
+    assert images.isfinite().all()
 
 
 def test_refined_pictures_come_nearer_each_on_its_own_until_the_tolerance() -> None:
@@ -155,6 +189,6 @@ def test_wrappers_lie_in_the_order_of_the_name_and_take_their_own_parameters(inv
 def test_settings_are_those_that_a_wrapper_really_has(inverter, backbone) -> None:
     for kind, wrapper in ((kind, MATCHING[kind](inverter, backbone)) for kind in MATCHING):
         found = settings_of(kind)
-        assert found == json.loads(json.dumps(found)) and len(found) >= 3
+        assert found == json.loads(json.dumps(found)) and found
         assert all(getattr(wrapper, k) == (tuple(v) if isinstance(v, list) else v) for k, v in found.items())
     assert settings_of("refined", {"steps": 3}) == settings_of("refined") | {"steps": 3}

@@ -1,4 +1,4 @@
-"""Inverters whose pictures are matched to the features: NAME+corrected, NAME+guided, NAME+refined."""
+"""Inverters whose pictures are matched to the features: NAME+corrected, NAME+best, NAME+guided, NAME+refined."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from featinv.diffusion.objective_guidance import ObjectiveGuidance
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter
 from featinv.inverters.diffusion import DiffusionInverter
+
+_SPREAD = 0x9E3779B1  # over the 32 bits of a seed that torch's generator reads
 
 
 class FeatureGuidedInverter:
@@ -131,6 +133,39 @@ class RefinedInverter:
         return found.images
 
 
+class BestInverter:
+    """An inverter that draws several pictures and keeps the one whose features are nearest, of each map.
+
+    Every picture is one that the inverter draws: there is no gradient, and nothing that it has not learned.
+
+    Args:
+        inverter: Draws.
+        backbone: Whose features it inverts.
+        count: Of pictures drawn for each map, the first one with the seed that is given.
+
+    Raises:
+        UserError: If there are none to choose from.
+    """
+
+    def __init__(self, inverter: Inverter, backbone: Backbone, count: int = 4):
+        if count < 1:
+            raise UserError(f"the best of {count} pictures is none; draw one at least.")
+        self.inverter, self.backbone, self.size, self.count = inverter, backbone, inverter.size, count
+        self.prior = getattr(inverter, "prior", None)
+
+    @torch.no_grad()
+    def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
+        """Features (N, C, H, W) and N seeds -> images (N, 3, size, size) in [0, 1]."""
+        best, highest = torch.empty(0), torch.full((len(features),), -torch.inf, device=features.device)
+        for draw in range(self.count):
+            images = self.inverter.invert(features, seeds=[seed ^ draw * _SPREAD for seed in seeds])
+            found = F.cosine_similarity(self.backbone(images.float()).flatten(1), features.flatten(1))
+            better = found > highest  # not where it is NaN
+            best = images if draw == 0 else torch.where(better[:, None, None, None], images, best)
+            highest = torch.where(better, found, highest)
+        return best
+
+
 class CorrectedInverter:
     """An inverter that looks at what it has drawn, is told more of what is missing there, and draws again.
 
@@ -154,8 +189,8 @@ class CorrectedInverter:
     def __init__(
         self, inverter: Inverter, backbone: Backbone, rounds: int = 2, gain: float = 0.25, lift_gain: float = 1.0
     ):
-        if isinstance(inverter, (CorrectedInverter, FeatureGuidedInverter, RefinedInverter)):
-            raise UserError("+corrected draws again, and comes first: NAME+corrected+refined.")
+        if isinstance(inverter, (BestInverter, CorrectedInverter, FeatureGuidedInverter, RefinedInverter)):
+            raise UserError("+corrected draws again, and comes first: NAME+corrected+best+refined.")
         if rounds < 1:
             raise UserError(f"correcting takes a round at least, not {rounds}.")
         self.inverter, self.backbone, self.size = inverter, backbone, inverter.size
@@ -184,6 +219,7 @@ class CorrectedInverter:
 
 
 MATCHING: dict[str, type] = {
+    "best": BestInverter,
     "corrected": CorrectedInverter,
     "guided": FeatureGuidedInverter,
     "refined": RefinedInverter,
