@@ -28,14 +28,8 @@ from featinv.config import CONFIG_ROOT, all_keys, nearest
 from featinv.diffusion.prior import WEIGHTS_ROOT, load_prior
 from featinv.errors import UserError, exit_on_user_error
 from featinv.files import read_json, write_json
-from featinv.inverters.build import (
-    about,
-    branch_fingerprint,
-    find_inverter,
-    load_trained,
-    prior_fingerprint,
-    save_inverter,
-)
+from featinv.inverters.build import about, find_inverter, load_trained, save_inverter
+from featinv.inverters.fingerprints import branch_fingerprint, prior_fingerprint
 from featinv.report.benchmark import shown_columns
 from featinv.report.curves import read_log
 from tools.model_card import RECORD, STAGES, bundle_files, logged_hours, probed_hours, this_machine, write_card

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import Tensor
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import instantiate, nearest, refuse_foreign, resolve_target
-from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter, TrainableInverter
 from featinv.inverters.diffusion import DiffusionInverter
+from featinv.inverters.fingerprints import branch_fingerprint, fingerprint, prior_fingerprint
 
 INVERTER_FILE = "inverter.safetensors"
 
@@ -127,28 +126,6 @@ def _training_images(config: DictConfig) -> Any:
     return data.train
 
 
-def fingerprint(*tensors: Tensor) -> str:
-    """A short hash of weights, the same before and after rounding to half precision."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().half().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def first_stage_fingerprint(first_stage: FirstStage) -> str:
-    """Tells one latent space from another, by its encoder's outermost layers: a decoder may be trained on by itself."""
-    encoder, shortcut = first_stage.vae.encoder, first_stage.shortcut
-    linear = [] if shortcut is None else [shortcut.analysis.weight]
-    return fingerprint(encoder.conv_in.weight, encoder.conv_out.weight, *linear)
-
-
-def prior_fingerprint(prior: DiffusionPrior) -> str:
-    """Tells one prior from another, by its UNet's outermost layers and its latent space."""
-    return fingerprint(prior.unet.conv_in.weight, prior.unet.conv_out.weight) + first_stage_fingerprint(
-        prior.first_stage
-    )
-
-
 def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str, Any]:
     """What a checkpoint must know to be loaded: resolved configuration, feature spec, and which prior.
 
@@ -163,16 +140,6 @@ def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str
         "prior": prior_fingerprint(prior) if isinstance(prior, DiffusionPrior) else None,
         "branch": branch_fingerprint(inverter) if config.get("branch_of") else None,
     }
-
-
-def branch_fingerprint(inverter: Inverter) -> str | None:
-    """Tells whether the lender of a branch has been trained further since; None if that is all one.
-
-    It is to an inverter without a branch, and to a lift, which learned without it what it tells it.
-    """
-    if not isinstance(inverter, DiffusionInverter) or inverter.lift is not None:
-        return None
-    return fingerprint(*inverter.branch.parameters())
 
 
 def save_inverter(

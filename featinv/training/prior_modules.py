@@ -16,8 +16,9 @@ from featinv.diffusion.half import full_arithmetic
 from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
-from featinv.inverters.build import first_stage_fingerprint, load_trained
+from featinv.inverters.build import load_trained
 from featinv.inverters.diffusion import DiffusionInverter
+from featinv.inverters.fingerprints import first_stage_fingerprint
 from featinv.training.adversary import Adversary
 from featinv.training.ema import EMA
 from featinv.training.module import row_seeds

@@ -20,7 +20,8 @@ from featinv.data.datamodule import collate, tell_epoch
 from featinv.diffusion.lift import training_first_stage
 from featinv.errors import UserError
 from featinv.files import write_text
-from featinv.inverters.build import first_stage_fingerprint, take_over
+from featinv.inverters.build import take_over
+from featinv.inverters.fingerprints import first_stage_fingerprint
 from featinv.training.batches import BatchedRows, Epochs
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
