@@ -35,7 +35,7 @@ lint: $(STAMP)  ## Lint, format check, type check.
 	$(BIN)/mypy featinv
 
 test: lint  ## Lint, then the test suite.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 clean:  ## Remove caches and .venv.
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
