@@ -10,7 +10,7 @@ python -m eval.benchmark inverters=[runs/a,runs/a+guided,runs/a+refined] 'params
 torchrun --nproc-per-node 8 -m eval.benchmark ...                processes or GPUs share the work
 
 A trained inverter is given the features that it was trained on; the first one's backbone judges all rows. NAME@LAYER
-puts an inverter that needs no training on another layer; NAME+corrected, +best, +guided and +refined match the pictures
+puts an inverter that needs no training on another layer; NAME+corrected, +guided, +best and +refined match the pictures
 to the features (docs/applications.md#refine-to-match). Pictures are stored as they are made: interrupted, the same
 command makes the rest.
 """

@@ -1,4 +1,4 @@
-"""Inverters whose pictures are matched to the features: NAME+corrected, NAME+best, NAME+guided, NAME+refined."""
+"""Inverters whose pictures are matched to the features: NAME+corrected, NAME+guided, NAME+best, NAME+refined."""
 
 from __future__ import annotations
 
@@ -219,9 +219,9 @@ class CorrectedInverter:
 
 
 MATCHING: dict[str, type] = {
-    "best": BestInverter,
     "corrected": CorrectedInverter,
     "guided": FeatureGuidedInverter,
+    "best": BestInverter,
     "refined": RefinedInverter,
 }
 """Suffix -> inverter around another one, called as kind(inverter, backbone, **params)."""
