@@ -17,7 +17,7 @@ from featinv.report.app.watching import Watched
 from featinv.training.consistency import SampleConsistency
 from featinv.training.module import InversionModule
 from featinv.training.rows import prepare, training_rows
-from featinv.training.teacher import LiftedMaps
+from featinv.training.teacher import LiftedMaps, SecondLooks
 
 SIZES = {"layer": "layer3", "components": 16, "hidden": 16, "condition_channels": 8, "widths": [16, 16]}
 
@@ -302,3 +302,37 @@ def test_maps_for_training_can_be_drawn_in_fewer_steps(tmp_path, lifted, backbon
     drawn = LiftedMaps(tmp_path / "run", num_inference_steps=2)(features, seeds)
     lift.num_inference_steps = 2
     assert (drawn - lift(lift.last_map(features[:2]), [5, 6])).abs().max() < 1e-3
+
+
+def test_rows_looked_at_again_are_told_what_was_missing_and_judged_by_what_was_wanted(
+    tmp_path, lifted, backbone
+) -> None:
+    lift = save_tiny(tmp_path / "run" / "inverter.safetensors", lifted, backbone).lift
+    maps, inverter, earlier = LiftedMaps(tmp_path / "run"), load_inverter(tmp_path / "lender"), backbone.at("layer3")
+    images, seeds, looks = torch.rand(8, 3, 32, 32), list(range(8)), SecondLooks(gain=0.25, lift_gain=1.0)
+    features, last = earlier(images), backbone(images)
+    given = torch.cat([maps(features, seeds), features[4:]])
+    told, wanted = looks(inverter, earlier, given, features, seeds, maps, first=4)
+
+    looked, gains = {True: 0, False: 0}, []
+    for row, seed in enumerate(seeds):  # one at a time, without knowing which were chosen
+        if torch.equal(told[row], given[row]):
+            assert torch.equal(wanted[row], given[row])
+            continue
+        seen = earlier(inverter.invert(given[row : row + 1], seeds=[seed]))[0]
+        aim = lift.nearer(seen[None], last[row : row + 1])[0] if row < 4 else given[row]
+        assert (wanted[row] - aim).abs().max() < 1e-3
+        added, missing = (told[row] - given[row]).flatten(), (aim - seen).flatten()
+        gain = float(added @ missing / missing.square().sum())
+        assert (added - gain * missing).norm() < 1e-2 * added.norm() and 0 < gain < (2.0 if row < 4 else 0.5)
+        looked[row < 4], gains = looked[row < 4] + 1, [*gains, gain]
+    assert looked[True] and looked[False] and sum(looked.values()) < 8 and len(set(gains)) == len(gains)
+
+    found = SampleConsistency(rows=8, lifted=maps, second_looks=looks)(inverter, earlier, {}, features, seeds)
+    drawn = earlier(inverter.invert(told, seeds=seeds)).flatten(1)
+    assert float(found) == pytest.approx(1 - float(F.cosine_similarity(drawn, wanted.flatten(1)).mean()), abs=1e-4)
+
+    few = SecondLooks(share=1e-9)
+    assert all(x is given for x in few(inverter, earlier, given, features, seeds, maps, first=4))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        SecondLooks(share=1.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from featinv.backbones.base import Backbone
 from featinv.diffusion.half import full_arithmetic
 from featinv.training.adversary import Adversary
-from featinv.training.teacher import LiftedMaps
+from featinv.training.teacher import LiftedMaps, SecondLooks
 
 
 class Consistency(Protocol):
@@ -121,6 +121,7 @@ class SampleConsistency:
         adversary: Tells what is drawn from photographs (`Adversary`), whatever the features say.
         lifted: Draws the maps that some rows are given instead of their own (`LiftedMaps`). Such a row is not moved,
             and what is drawn for it is compared with that map alone: the original is only one of many that it fits.
+        second_looks: Tells some rows what a first draw of them lacked (`SecondLooks`).
     """
 
     def __init__(
@@ -136,11 +137,13 @@ class SampleConsistency:
         statistics: Mapping[str, float] | None = None,
         adversary: Adversary | None = None,
         lifted: LiftedMaps | None = None,
+        second_looks: SecondLooks | None = None,
     ):
         self.weight, self.rows, self.grad_steps = weight, rows, grad_steps
         self.num_inference_steps, self.last_weight = num_inference_steps, last_weight
         self.jitter, self.spectrum_weight, self.earlier = jitter, spectrum_weight, dict(earlier or {})
         self.statistics, self.adversary, self.lifted = dict(statistics or {}), adversary, lifted
+        self.second_looks = second_looks
 
     def __call__(
         self,
@@ -152,18 +155,21 @@ class SampleConsistency:
     ) -> Tensor:
         """Return 1 - cosine of the drawn pictures, and the weighted parts that were asked for."""
         features, seeds = features[: self.rows].float(), seeds[: self.rows]
-        shifts, first = [self._shift(seed) for seed in seeds], 0
+        told, shifts, first = features, [self._shift(seed) for seed in seeds], 0
         if self.lifted is not None:
             lifted = self.lifted(features, seeds)
             first = len(lifted)
-            features, shifts = torch.cat([lifted, features[first:]]), [(0, 0)] * first + shifts[first:]
-        latents = inverter.draw(
-            features, seeds, num_inference_steps=self.num_inference_steps, grad_steps=self.grad_steps
-        )
+            told, shifts = torch.cat([lifted, features[first:]]), [(0, 0)] * first + shifts[first:]
+        wanted, steps = told, self.num_inference_steps
+        if self.second_looks is not None:
+            told, wanted = self.second_looks(
+                inverter, backbone, told, features, seeds, self.lifted, first, num_inference_steps=steps
+            )
+        latents = inverter.draw(told, seeds, num_inference_steps=steps, grad_steps=self.grad_steps)
         drawn = inverter.prior.first_stage.decode(latents.float())
         # Differences of maps are small beside the maps; and CPUs are slow at half-precision backbones.
         with full_arithmetic(drawn.device):
-            return self._judge(inverter, backbone, losses, features, drawn, shifts, first)
+            return self._judge(inverter, backbone, losses, wanted, drawn, shifts, first)
 
     def _judge(
         self,

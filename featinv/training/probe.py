@@ -28,7 +28,7 @@ class FeatureProbe(Callback):
         images: (N, 3, H, W) in [0, 1], held out.
         backbone: Whose features are compared.
         folder: The run's folder.
-        every: Optimizer steps between reconstructions.
+        every: Optimizer steps between reconstructions; 0 makes one, at the end.
         batch_images: Images of one optimizer step, for the curve's axis.
         shown: Pictures in a grid.
     """
@@ -66,7 +66,8 @@ class FeatureProbe(Callback):
         known = self.lines[-1]["step"] if self.lines else 0
         # Split weights come together only if every process asks for them; else the first one draws alone.
         takes_part = trainer.is_global_zero or pl_module.device_mesh is not None
-        if takes_part and step > known and (step % self.every == 0 or step == trainer.max_steps):
+        due = step == trainer.max_steps or (self.every > 0 and step % self.every == 0)
+        if takes_part and step > known and due:
             self.measure(trainer, pl_module)
 
     def _images(self, step: int) -> int:

@@ -1,13 +1,17 @@
-"""What a trained inverter gives to another's training: the words that its branch knows, or maps that its lift draws."""
+"""What training tells an inverter in place of a picture's own: a teacher's words, a lift's maps, a second look's."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from featinv.backbones.base import Backbone
+from featinv.diffusion.half import full_arithmetic
 from featinv.errors import UserError
 from featinv.inverters.build import load_trained
 from featinv.inverters.diffusion import DiffusionInverter
@@ -78,3 +82,69 @@ class LiftedMaps:
         self.lift = self.lift.to(features.device)
         with torch.no_grad():
             return self.lift(self.lift.last_map(features[:rows]), seeds[:rows]).to(features)
+
+
+class SecondLooks:
+    """Maps as a branch is told them after a look at what it has drawn (`CorrectedInverter`), for its training.
+
+    They are no picture's maps: what a first draw lacked is exaggerated in them. A branch that has never seen them draws
+    the features better and, told so twice, drifts from what pictures look like; beside an adversary it need not.
+
+    Args:
+        share: Of the rows of each batch, by chance of their seeds; below 1.
+        gain: Of the difference that is added, in the mean: each row's lies between none and twice this, as after two
+            looks.
+        lift_gain: The same of rows that a lift has drawn.
+
+    Raises:
+        UserError: If the share is none, or all.
+    """
+
+    def __init__(self, share: float = 0.5, gain: float = 0.25, lift_gain: float = 1.0):
+        if not 0 < share < 1:
+            raise UserError(f"the share of rows that are drawn once more must lie between 0 and 1, not {share}.")
+        self.share, self.gain, self.lift_gain = share, gain, lift_gain
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        inverter: Any,
+        backbone: Backbone,
+        told: Tensor,
+        features: Tensor,
+        seeds: Sequence[int],
+        lifted: LiftedMaps | None = None,
+        first: int = 0,
+        num_inference_steps: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw some rows, and tell them what was missing.
+
+        Args:
+            inverter: Draws, with the rows' own seeds.
+            backbone: Whose features it inverts.
+            told: Maps (N, C, H, W), of which the first come from a lift.
+            features: Of the pictures themselves (N, C, H, W).
+            seeds: N seeds.
+            lifted: Whose lift that is.
+            first: How many rows are from it.
+            num_inference_steps: Sampling steps; None takes the inverter's own.
+
+        Returns:
+            What to tell, and what should be drawn, (N, C, H, W) both: for a row of a lift the map of its first picture,
+            moved towards the last map; for others what they were told before.
+        """
+        chances = [random.Random(seed ^ 0x100C) for seed in seeds]
+        rows = [row for row, chance in enumerate(chances) if chance.random() < self.share]
+        if not rows:
+            return told, told
+        latents = inverter.draw(told[rows], [seeds[row] for row in rows], num_inference_steps=num_inference_steps)
+        with full_arithmetic(told.device):
+            seen = backbone(inverter.prior.first_stage.decode(latents.float()))
+        wanted, early = told[rows].clone(), [place for place, row in enumerate(rows) if row < first]
+        if lifted is not None and early:
+            lift, last = lifted.lift, lifted.lift.last_map(features[[rows[place] for place in early]])
+            wanted[early] = lift.nearer(seen[early], last)
+        gains = [2 * chances[row].random() * (self.lift_gain if row < first else self.gain) for row in rows]
+        gain = torch.tensor(gains, device=told.device)[:, None, None, None]
+        index = torch.tensor(rows, device=told.device)
+        return told.index_copy(0, index, told[rows] + gain * (wanted - seen)), told.index_copy(0, index, wanted)
