@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from featinv.applications.matching import MATCHING, matched, split_name
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate
+from featinv.config import CONFIG_ROOT, listed
+from featinv.data import load_part
 from featinv.data.folders import pictures
+from featinv.data.image_list import write_skipped
 from featinv.data.listing import identity
 from featinv.diffusion.guidance import ClassifierFreeGuidance, NoGuidance
 from featinv.errors import UserError, exit_on_user_error
@@ -49,11 +51,10 @@ def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) ->
     if config.image is not None:
         dataset = pictures(config.image, size)
     else:
-        data = instantiate(trained.config.data, where="data")
-        data.setup()
-        dataset = data.val
-    if getattr(dataset, "skipped", None):
-        dataset.write_report(out / "skipped.json")  # type: ignore[attr-defined]
+        dataset = load_part(trained.config.data, "val")
+        if dataset is None:
+            raise UserError(f"{config.inverter} was trained without validation images; set image=FILE_OR_FOLDER.")
+    write_skipped(dataset, out / "skipped.json")
     rows = list(range(len(dataset)))  # type: ignore[arg-type]
     if config.per_class is not None:
         count: Counter[int] = Counter()
@@ -77,6 +78,8 @@ def set_sampling(inverter: Any, config: DictConfig) -> None:
     own = inverter.guidance if isinstance(getattr(inverter, "guidance", None), ClassifierFreeGuidance) else None
     names = ("scale", "drop", "interval")
     changed = {name: config[f"guidance_{name}"] for name in names if config[f"guidance_{name}"] is not None}
+    if "drop" in changed:
+        changed["drop"] = listed(changed["drop"])
     if changed and not hasattr(inverter, "guidance"):
         raise UserError(f"{type(inverter).__name__} has no guidance.")
     if changed and own is None and "scale" not in changed:

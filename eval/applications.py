@@ -28,6 +28,7 @@ from featinv.errors import UserError, exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.base import Inverter
 from featinv.inverters.build import Trained, check_backbone, load_trained
+from featinv.metrics.networks import check_referee
 from featinv.report.page import picture_table, write_page
 
 
@@ -51,11 +52,15 @@ class Measurements:
     @cached_property
     def referee(self) -> Backbone:
         """The network that no inverter saw."""
-        return instantiate(self.config.referee, where="referee").to(self.device)
+        referee = instantiate(self.config.referee, where="referee").to(self.device)
+        check_referee(referee, self.backbone)
+        return referee
 
     def steering(self) -> Measured:
         """See `measure_steering`."""
-        c, learn = self.config, self.learn
+        c = self.config
+        measure.check_factor(c.factor)  # before thousands of scenes are drawn
+        learn = self.learn
         decoded = decode(self.inverter, encode(self.backbone, learn.images), seeds_of(c.seed, len(learn.images)))
         reader = SceneReader(self.referee, with_reconstructions(learn, decoded))
         return measure.measure_steering(

@@ -30,8 +30,8 @@ from torch.utils.data import Dataset, Subset
 from featinv.applications.matching import MATCHING, matched, settings_of, split_name
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate, is_node, load_config, load_group, nearest, resolve_target
-from featinv.data import load_dataset
+from featinv.config import CONFIG_ROOT, instantiate, is_node, listed, load_config, load_group, nearest, resolve_target
+from featinv.data import load_dataset, load_part
 from featinv.data.folders import ilsvrc_synsets
 from featinv.data.scenes import ScenesDataset
 from featinv.diffusion.first_stage import FirstStage
@@ -94,7 +94,7 @@ def untrained_contestant(name: str, setting: Setting, limit: int | None, params:
     """An inverter of configs/inverter, with other `params`, on the setting's layer or on `NAME@LAYER`."""
     kind, _, layer = split_name(name)[0].partition("@")
     node = load_group("inverter", kind)
-    node.params.update(params)
+    node.params = {**(node.get("params") or {}), **params}
     own = setting.backbone.at(layer) if layer and layer != setting.backbone.layer else None
     backbone = own or setting.backbone
     config = OmegaConf.create({"inverter": node, **{key: setting.config.get(key) for key in ("prior", "data")}})
@@ -176,10 +176,13 @@ def chosen_data(config: DictConfig, setting: Setting) -> Subset[dict[str, Any]]:
     elif config.data is not None:
         dataset = load_dataset(str(config.data), size=setting.size)
     else:
-        module = instantiate(setting.config.data, where="data")
-        module.setup()
-        dataset = module.val
-    return Subset(dataset, range(min(config.n, len(dataset))))  # type: ignore[arg-type]
+        dataset = load_part(setting.config.data, "val")
+        if dataset is None:
+            raise UserError("the setting has no validation images; set data=FOLDER.")
+    n = config.n
+    if n is not None and (not isinstance(n, int) or n < 1):
+        raise UserError(f"n is a number of images, 1 or more, or null for all, not {n}.")
+    return Subset(dataset, range(len(dataset))[:n])  # type: ignore[arg-type]
 
 
 def has_class_labels(given: bool | None, dataset: Any) -> bool:
@@ -200,7 +203,7 @@ def build_benchmark(config: DictConfig, setting: Setting, out: Path, device: tor
         chosen,  # type: ignore[arg-type]
         out,
         referee=instantiate(config.referee, where="referee").to(device) if config.referee else None,
-        referee_name=config.referee.params.name if config.referee else "",
+        referee_name=_network_name(config.referee) if config.referee else "",
         first_stage=setting.first_stage,
         truth=scene_truth(config.factor_images, size=setting.size) if scenes and config.factor_images else None,
         size=setting.size,
@@ -212,6 +215,11 @@ def build_benchmark(config: DictConfig, setting: Setting, out: Path, device: tor
         class_labels=class_labels,
         skipped=skipped,
     )
+
+
+def _network_name(node: DictConfig) -> str:
+    """The name of a backbone's node, else of its class."""
+    return (node.get("params") or {}).get("name") or node.target.rpartition(".")[2].lower()
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
@@ -235,7 +243,7 @@ def main() -> None:
     config, out = command.config, command.out or Path("runs/benchmark")
     device = own_device()
     with process_group():
-        loaded = load_all(list(config.inverters))
+        loaded = load_all(listed(config.inverters))
         setting = shared_setting(config.setting, loaded, device)
         rows = contestants(loaded, setting, config)
         content = build_benchmark(config, setting, out, device).run(rows, samples=config.samples)

@@ -34,8 +34,8 @@ from featinv.applications.matching import matched, split_name
 from featinv.attribution.transfer import predict
 from featinv.backbones import load_backbone
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate, nearest
-from featinv.data import load_dataset
+from featinv.config import CONFIG_ROOT, listed, nearest
+from featinv.data import SHARD_SUFFIXES, load_dataset, load_part
 from featinv.data.folders import pictures
 from featinv.data.transforms import EvalTransform
 from featinv.diffusion.prior import DiffusionPrior, load_prior
@@ -45,6 +45,7 @@ from featinv.image import make_grid, save_png
 from featinv.inverters.build import check_backbone, load_trained
 from featinv.inverters.optimisation import OptimizationInverter
 from featinv.metrics.names import short_names
+from featinv.metrics.networks import check_referee
 from featinv.report.classic import activity_figure, layer_figure, read_classic, write_classic
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
@@ -65,7 +66,8 @@ def chosen_images(config: DictConfig, size: int) -> tuple[Tensor, Tensor]:
 
 def user_items(path: str, size: int) -> Any:
     """The pictures of a path as data set items."""
-    return pictures(path, size) if Path(path).is_file() and ".tar" not in path else load_dataset(path, size=size)
+    one = Path(path).expanduser().is_file() and not path.endswith(SHARD_SUFFIXES)
+    return pictures(path, size) if one else load_dataset(path, size=size)
 
 
 def spread(count: int, wanted: int) -> Tensor:
@@ -81,7 +83,8 @@ def layers(config: DictConfig, out: Path) -> Study:
     rest = [i for i in range(len(images)) if i not in set(inverted.tolist())][: max(part.candidates - len(inverted), 0)]
     backbone = load_backbone(config.backbone, input_size=part.size)
     referee = load_backbone(config.referee, input_size=part.size)
-    names = list(part.names or backbone.layers)
+    check_referee(referee, backbone)
+    names = listed(part.names) or list(backbone.layers)
     study = study_layers(backbone, referee, images[inverted], images[rest], names, part.steps)
     layer_figure(out / "layer_curve.png", study.figures)
     return study
@@ -92,6 +95,7 @@ def attacks(config: DictConfig, out: Path) -> Study:
     part = config.attacks
     images, labels = chosen_images(config, part.size)
     networks = {name: load_backbone(name, input_size=part.size) for name in (config.backbone, config.referee)}
+    check_referee(networks[config.referee], networks[config.backbone])
     if not config.labelled:
         labels = predict(networks[config.backbone], images)
     return study_attacks(
@@ -148,22 +152,23 @@ def table(config: DictConfig, out: Path) -> Study:
     backbone, size = first.load_backbone(), first.inverter.size
     for name, other in trained.items():
         check_backbone(name, other, first)
-    module = instantiate(first.config.data, where="data")
-    module.setup()
-    items = Subset(module.val, range(min(part.n, len(module.val))))
+    images = load_part(first.config.data, "val")
+    items = Subset(images, range(min(part.n, len(images))))
+    priors = [
+        each.inverter.prior
+        for each in trained.values()
+        if isinstance(getattr(each.inverter, "prior", None), DiffusionPrior)
+    ]
+    first_stage = priors[0].first_stage if priors else None  # as eval.benchmark has it
     inverters: dict[str, Any] = {
-        rows[name]: matched(each.inverter, backbone, split_name(name)[1]) for name, each in trained.items()
+        rows[name]: matched(each.inverter, backbone, split_name(name)[1], first_stage=first_stage)
+        for name, each in trained.items()
     }
     inverters[rows["optimisation"]] = WithBar(
         OptimizationInverter(backbone, size, part.steps, batch_size=part.n), "optimisation"
     )
     with torch.no_grad():
         features = backbone(torch.stack([items[i]["image"] for i in range(min(part.timed, len(items)))]))
-    priors = [
-        each.inverter.prior
-        for each in trained.values()
-        if isinstance(getattr(each.inverter, "prior", None), DiffusionPrior)
-    ]
     figures = evaluate(
         inverters,
         backbone,
@@ -171,7 +176,7 @@ def table(config: DictConfig, out: Path) -> Study:
         out / "table",
         referee=load_backbone(config.referee, input_size=128),
         referee_name=config.referee,
-        first_stage=priors[0].first_stage if priors else None,
+        first_stage=first_stage,
         size=size,
     )
     seconds = {name: seconds_per_image(inverter, features) for name, inverter in inverters.items()}

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from eval.benchmark import build_benchmark, load_all, matched_contestant, shared_setting, trained_contestant
 from featinv.applications.matching import split_name
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT
+from featinv.config import CONFIG_ROOT, listed
 from featinv.errors import UserError, exit_on_user_error
 from featinv.inverters.build import find_inverter
 from featinv.inverters.diffusion import DiffusionInverter
@@ -87,7 +87,7 @@ def log_of(name: str) -> Path:
 def chosen_logs(config: DictConfig) -> list[str]:
     """The runs that are asked for; if none are, the inverter itself where it has a log."""
     if config.runs is not None or config.inverter is None:
-        return list(config.runs or [])
+        return listed(config.runs)
     return [config.inverter] if log_of(config.inverter).is_file() else []
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         content = measure_steps(config, out) if config.inverter is not None else None
         if process_rank()[0] == 0:
             title = f"Quality of {config.inverter}" if content else "Quality over training"
-            write_curves(out, content, logs, title, config.metrics)
+            write_curves(out, content, logs, title, listed(config.metrics) or None)
             print(f"curves.png, curves.json and report.html are in {out}")
 
 

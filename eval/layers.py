@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT
+from featinv.config import CONFIG_ROOT, listed
 from featinv.errors import exit_on_user_error
 from featinv.files import read_json
 from featinv.report.layers import layer_points, write_layers
@@ -24,7 +24,7 @@ def main() -> None:
     command = parse_command_line(__doc__ or "", str(CONFIG_ROOT / "layers.yaml"))
     config, out = command.config, command.out or Path("runs/layers")
     points = [p for folder in config.benchmarks for p in layer_points(read_json(Path(folder) / "metrics.json"))]
-    write_layers(out, points, config.metrics, config.title)
+    write_layers(out, points, listed(config.metrics) or None, config.title)
     print((out / "layers.csv").read_text())
     print(f"layers.png, layers.csv and report.html are in {out}")
 

@@ -20,7 +20,7 @@ from featinv.attribution.adversarial import fgsm, pgd
 from featinv.attribution.transfer import predict
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate, nearest
+from featinv.config import CONFIG_ROOT, instantiate, listed, nearest
 from featinv.data.corruptions import CORRUPTIONS, corrupt
 from featinv.data.outliers import OUTLIERS, outlier, sketch
 from featinv.data.scenes import ScenesDataset
@@ -63,10 +63,10 @@ def foreign(name: str, size: int) -> Condition:
 
 def chosen_conditions(config: DictConfig, backbone: Backbone, size: int, scenes: bool) -> list[Condition]:
     """What the command line asks for, the clean pictures first; no attack on a backbone without a classifier."""
-    corruptions = list(CORRUPTIONS) if config.corruptions is None else list(config.corruptions)
+    corruptions = list(CORRUPTIONS) if config.corruptions is None else listed(config.corruptions)
     attacks = config.attacks if classifies(backbone) else []
     own = "scenes" if scenes else "photos"
-    sets = [*(n for n in OUTLIERS if n != own), "sketches"] if config.ood is None else list(config.ood)
+    sets = [*(n for n in OUTLIERS if n != own), "sketches"] if config.ood is None else listed(config.ood)
     return [
         Condition("clean", "clean", lambda _index, clean: clean),
         *(corruption(name, severity, config.seed) for name in corruptions for severity in config.severities),

@@ -120,7 +120,11 @@ def _override(config: DictConfig, key: str, value: str) -> None:
     if " #" in value and value[:1] not in "'\"[{":
         raise UserError(f"in {key}={value} YAML takes what follows the # for a comment; write '{key}=\"{value}\"'.")
     try:
-        OmegaConf.update(config, key, OmegaConf.create(f"v: {value}").v)
+        new, old = OmegaConf.create(f"v: {value}").v, OmegaConf.to_container(node, resolve=False)
+        if isinstance(old.get(last), list) and isinstance(new, str | int | float):  # type: ignore[union-attr]
+            new = [new]  # one word is a list of it
+        # A node is replaced, as groups are: parameters of another target would linger.
+        OmegaConf.update(config, key, new, merge=bool(new) and not is_node(new))
     except yaml.YAMLError as error:
         raise UserError(f"{key}={value} is not a value in YAML; quote it: '{key}=\"{value}\"'.") from error
     except OmegaConfBaseException as error:
@@ -136,9 +140,14 @@ def differences(before: Mapping[Any, Any] | DictConfig, now: Mapping[Any, Any] |
     return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new and [old, new] not in nothing]
 
 
+def listed(value: Any) -> list[Any]:
+    """The value of a key that takes a list: null is an empty one, one word or number a list of it."""
+    return [value] if isinstance(value, str | int | float) else list(value or [])
+
+
 def all_keys(config: DictConfig) -> list[str]:
     """Dotted names of all leaves."""
-    return list(_leaves(config))
+    return list(_leaves(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
 
 
 def _leaves(config: Mapping[Any, Any] | DictConfig, prefix: str = "") -> dict[str, Any]:
@@ -236,7 +245,10 @@ def instantiate(node: Any, *, where: str = "config", **derived: Any) -> Any:
     Raises:
         UserError: If the target or a parameter does not exist, or a derived argument is also in the YAML.
     """
-    node = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+    try:
+        node = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
     if not is_node(node):
         raise UserError(f"{where} must have a target, not {node!r}.")
     unknown = set(node) - {"target", "params"}

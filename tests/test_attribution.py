@@ -218,6 +218,22 @@ def test_grad_cam_lays_out_tokens_and_nhwc_maps() -> None:
         assert torch.allclose(grad_cam(swin, images, target, layer), by_hand, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "order"),
+    [
+        ("convnext_atto", "stages.1.blocks.0.mlp", (0, 3, 1, 2)),  # NHWC within blocks of an NCHW network
+        ("swin_tiny_patch4_window7_224", "patch_embed.proj", (0, 1, 2, 3)),  # and the other way round
+    ],
+)
+def test_grad_cam_reads_a_module_in_its_own_layout(name: str, layer: str, order: tuple[int, ...]) -> None:
+    images, target = torch.rand(2, 3, 64, 64), torch.tensor([1, 2])
+    backbone = load_backbone(name, pretrained=False, input_size=64)
+    module = backbone.model.get_submodule(layer)
+    by_hand = _cam_by_hand(backbone, module, images, target, lambda x: x.permute(order))
+    found = grad_cam(backbone, images, target, layer)
+    assert by_hand.std() > 0 and torch.allclose(found, by_hand, atol=1e-6 * float(by_hand.max().clamp(min=1)))
+
+
 @pytest.mark.parametrize("name", SALIENCY)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_failure_leaves_model_and_generator_as_they_were(name: str, where: str, images: Tensor) -> None:
@@ -369,7 +385,10 @@ def test_transfer_table_counts_by_hand() -> None:
     assert table["one"]["two"]["changed"] == pytest.approx(float(changed))
     was_right = two.logits(images).argmax(1) == labels
     flipped = two.logits(attacked["one"]).argmax(1)[was_right] != labels[was_right]
-    assert table["one"]["two"]["flipped"] == pytest.approx(float(flipped.double().mean()), nan_ok=True)
+    share = pytest.approx(float(flipped.double().mean())) if was_right.any() else None
+    assert table["one"]["two"]["flipped"] == share
+    never = transfer_table(attacked, (labels + 1) % 3, {"one": one}, originals=images)["one"]["one"]
+    assert never["n_right"] == 0 and never["flipped"] is None
     assert table["one"]["two"]["n_right"] == int(was_right.sum())
     assert table["one"]["two"]["right"] == pytest.approx(accuracy(two, attacked["one"], labels))
     assert "changed" not in transfer_table(attacked, labels, {"one": one})["one"]["one"]

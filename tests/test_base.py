@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.cli import parse_command_line
-from featinv.config import check_params, instantiate, load_config, resolve_target
+from featinv.config import check_params, instantiate, listed, load_config, resolve_target
 from featinv.errors import UserError
 from featinv.files import atomic_write, load_safetensors, read_state, run_lock, write_text
 from featinv.image import load_png, make_grid, save_png, seeded_noise
@@ -151,6 +151,29 @@ def test_experiments_compose_and_overrides_are_checked(tmp_path) -> None:
         load_config(path, ["data=scene"])
     with pytest.raises(UserError, match="key=value"):
         load_config(path, ["max_steps"])
+
+
+def test_an_override_replaces_nodes_merges_mappings_and_makes_lists_of_words(tmp_path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("judge: {target: a.B, params: {name: x, size: 3}}\nlimits: {a: 1, b: 2}\nrows: [one]\n")
+    config = load_config(path, ["judge={target: c.D, params: {name: y}}", "limits={b: 5}", "rows=runs/photos"])
+    assert config == {
+        "judge": {"target": "c.D", "params": {"name": "y"}},
+        "limits": {"a": 1, "b": 5},
+        "rows": ["runs/photos"],
+    }
+    emptied = load_config(path, ["limits={}", "rows=[]", "judge=null"])
+    assert emptied == {"judge": None, "limits": {}, "rows": []} and load_config(path, ["rows=null"]).rows is None
+    assert [listed(x) for x in (None, "final", 3, ("a", "b"))] == [[], ["final"], [3], ["a", "b"]]
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("data: {target: featinv.data.cifar.CIFAR10, params: {root: '${oc.env:NO_SUCH_PLACE}'}}\n")
+    with pytest.raises(UserError, match="data: .*'NO_SUCH_PLACE' not found"):
+        instantiate(load_config(path).data, where="data")
+    with pytest.raises(UserError, match="unknown key 'dat.params.root': did you mean data.params.root"):
+        load_config(path, ["dat.params.root=x"])
 
 
 @pytest.mark.parametrize("value", ["a: b", "[x", "*.tar", "{000..003}.tar", "@x", "[2024] holiday.jpg", "my photos #1"])

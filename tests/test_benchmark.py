@@ -65,7 +65,7 @@ class Headless(Cells):
 
 @pytest.fixture(scope="module")
 def other() -> torch.nn.Module:
-    return load_backbone("resnet10t", layer="layer2", pretrained=False, input_size=32)
+    return load_backbone("resnet18", layer="layer2", pretrained=False, input_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_two_inverters_are_never_one_row(backbone) -> None:
 
 def _run(out: Path) -> None:
     backbone = load_backbone("resnet10t", pretrained=False, input_size=64)
-    benchmark = Benchmark(backbone, items(11), out, referee=backbone, size=32, batch_size=3, distribution_resamples=2)
+    benchmark = Benchmark(backbone, items(11), out, referee=Headless(), size=32, batch_size=3, distribution_resamples=2)
     benchmark.run({"a": Contestant(Painter()), "b": Contestant(Painter(0.3), limit=7)}, samples=2)
 
 

@@ -9,6 +9,7 @@ from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import load_config
 from featinv.diffusion.prior import load_prior
 from featinv.errors import UserError
+from featinv.inverters.base import TrainableInverter
 from featinv.inverters.build import about, build_inverter, find_inverter, load_inverter, load_trained, take_over
 from featinv.training.module import InversionModule
 
@@ -27,6 +28,37 @@ def test_a_saved_inverter_draws_the_same_images(tmp_path, config, backbone) -> N
     assert difference.abs().max() < 1e-5  # memory layout alone rounds differently
     assert again.note == {"steps": 5} and again.load_backbone().spec == backbone.spec
     assert not any(p.requires_grad for p in again.inverter.parameters())
+
+
+class Documented(torch.nn.Module):
+    """What docs/add-an-inverter.md asks for, and no more."""
+
+    size = 8
+
+    def invert(self, features, *, seeds): ...
+
+    def training_losses(self, images, features, *, seeds, latents=None): ...
+
+    def trainable_parameters(self): ...
+
+    def trainable_state(self): ...
+
+    def prepare(self, features, latents): ...
+
+
+def test_weights_find_their_inverter_or_are_refused(tmp_path, config, backbone) -> None:
+    assert isinstance(Documented(), TrainableInverter)
+    path = tmp_path / "inverter.safetensors"
+    save_tiny(path, config, backbone)
+    tree = load_checkpoint(path)
+    tree["featinv"]["config"]["inverter"] = {
+        "target": "featinv.inverters.optimisation.OptimizationInverter",
+        "params": {"size": 32, "steps": 1},
+    }
+    tree["featinv"]["config"]["backbone"]["params"]["pretrained"] = False
+    save_checkpoint(path, tree)
+    with pytest.raises(UserError, match="OptimizationInverter has no place for them"):
+        load_trained(path)
 
 
 def test_half_precision_changes_little(tmp_path, config, backbone) -> None:

@@ -137,13 +137,26 @@ def test_one_picture_has_every_part_but_the_leak(tmp_path, monkeypatch, capsys) 
     assert list(content) == ["activity"] and content["activity"]["figures"]["final"]["images"] == 1
 
 
+def test_one_picture_is_found_whatever_its_folders_are_called(tmp_path, monkeypatch) -> None:
+    (tmp_path / "shots.target").mkdir()
+    save_png(tmp_path / "shots.target" / "cat.png", torch.rand(3, 16, 16))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (f"{tmp_path}/shots.target/cat.png", "~/shots.target/cat.png"):
+        assert len(classic.user_items(path, 16)) == 1
+
+
 def test_a_kept_part_says_what_it_was_made_of(tmp_path, monkeypatch) -> None:
     for i in range(2):
         save_png(tmp_path / "in" / f"{i}.png", torch.rand(3, 40, 50))
     words = [f"images={tmp_path / 'in'}", f"out={tmp_path / 'out'}"]
     calls = [
         ["parts=[activity]", "activity.size=32"],
-        ["parts=[layers]", "layers={size: 32, n: 2, names: [blocks.1, final], steps: 2}", "backbone=mobilenetv2"],
+        [
+            "parts=[layers]",
+            "layers={size: 32, n: 2, names: [blocks.1, final], steps: 2}",
+            "backbone=mobilenetv2",
+            "referee=efficientnet_lite0",
+        ],
     ]
     for call in calls:
         monkeypatch.setattr(sys, "argv", ["eval.classic", *call, *words])
@@ -154,7 +167,7 @@ def test_a_kept_part_says_what_it_was_made_of(tmp_path, monkeypatch) -> None:
         "activity": "efficientnet_lite0",
         "layers": "mobilenetv2",
     }
-    assert settings["layers"]["referee"] == "mobilenetv2" and settings["layers"]["size"] == 32
+    assert settings["layers"]["referee"] == "efficientnet_lite0" and settings["layers"]["size"] == 32
     assert all(s["images"] == str(tmp_path / "in") for s in settings.values())
     page = (tmp_path / "out" / "report.html").read_text()
     assert "efficientnet_lite0" in page and "mobilenetv2" in page

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from featinv.data import load_dataset, shards
+from featinv.data import load_dataset, load_part, shards
 from featinv.data.cifar import CIFAR10
 from featinv.data.datamodule import ImageDataModule, collate
-from featinv.data.folders import FlatFolder, ImageNetFolder, ilsvrc_synsets, read_class_index
-from featinv.data.image_list import stable_ids
+from featinv.data.folders import FlatFolder, ImageNetFolder, ilsvrc_synsets, list_images, read_class_index
+from featinv.data.image_list import stable_ids, write_skipped
 from featinv.data.reading import UnreadableImage, check_image, read_image
 from featinv.data.shards import IndexedShards, WebDatasetShards
 from featinv.data.transforms import EvalTransform, TrainTransform
@@ -84,6 +84,7 @@ MODES = {
     "RGBA": (encode(Image.new("RGBA", (4, 4), (*RED, 51))), (1, 0.8, 0.8)),
     "P": (encode(Image.new("RGB", (4, 4), RED).convert("P")), (1, 0, 0)),
     "I;16": (encode(Image.fromarray(np.full((4, 4), 13107, np.uint16))), (0.2, 0.2, 0.2)),
+    "I": (encode(Image.fromarray(np.full((4, 4), 13107, np.int32)), "TIFF"), (0.2, 0.2, 0.2)),
     "F": (encode(Image.fromarray(np.full((4, 4), 0.25, np.float32)), "TIFF"), (0.25, 0.25, 0.25)),
     "CMYK jpeg": (encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100), (1, 0, 0)),
     "CMYK tiff": (encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (1, 0, 0)),
@@ -144,6 +145,12 @@ BROKEN = {
     "cut png": (PNG[: len(PNG) // 2], "truncated"),
     "header only": (PNG[:20], ""),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "not a picture"),
+    "integers too large": (encode(Image.fromarray(np.full((4, 4), 2**30, np.int32)), "TIFF"), "not in 0 to 65535"),
+    "integers below zero": (encode(Image.fromarray(np.full((4, 4), -5, np.int32)), "TIFF"), "not in 0 to 65535"),
+    "integers of 33 bits": (
+        encode(Image.fromarray(np.full((4, 4), 2**32 - 5, np.uint32)), "TIFF"),
+        "not in 0 to 65535",
+    ),
     "float range": (encode(Image.fromarray(np.full((4, 4), 7.0, np.float32)), "TIFF"), "not in [0, 1]"),
 }
 
@@ -357,6 +364,25 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path: Path) -> None:
     assert [item["id"] for item in FlatFolder(tmp_path / "all", size=8)] == ["a", "linked__b", "sub__c"]
 
 
+@pytest.mark.parametrize("inner,outer", ["ab", "ba"])
+def test_a_linked_folder_within_another_is_read_once_and_hides_nothing(tmp_path: Path, inner: str, outer: str) -> None:
+    write_images(tmp_path, ["X/one.png", "X/sub/two.png", "root/own.png"])
+    root = tmp_path / "root"
+    (root / inner).symlink_to(tmp_path / "X" / "sub")
+    (root / outer).symlink_to(tmp_path / "X")
+    nested = f"{inner}/two.png" if inner < outer else f"{outer}/sub/two.png"  # the first that leads to it names it
+    assert list_images(root) == sorted([f"{outer}/one.png", nested, "own.png"])
+    assert list_images(root, recursive=False) == ["own.png"]
+    write_images(tmp_path, ["above.png"])
+    for place, target in [("X/sub/up", "X"), ("X/back", "root"), ("X/top", "."), ("X/sub/away", "Y"), ("Y/round", "X")]:
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to(tmp_path / target)
+    write_images(tmp_path, ["Y/three.png"])
+    found = list_images(root)
+    assert sorted(name.rsplit("/", 1)[-1] for name in found) == ["one.png", "own.png", "three.png", "two.png"]
+    assert len({os.path.realpath(root / name) for name in found}) == 4
+
+
 def test_a_name_in_another_encoding_gets_an_id(tmp_path: Path) -> None:
     write_images(tmp_path, ["a.png", "b.png", "c.png"])
     for old, new in ((b"b.png", b"caf\xe9.png"), (b"c.png", b"caf\xe8.png")):
@@ -512,6 +538,27 @@ def test_a_sample_of_a_shard_is_its_plain_picture(tmp_path: Path, names: list[st
             tar.addfile(info, io.BytesIO(data))
     image = IndexedShards(tmp_path / "a.tar", size=8)[0]["image"]
     assert image[0].min() > 0.9 and image[1].max() < 0.1
+
+
+def test_pictures_that_share_a_name_before_the_first_dot_are_reported(tmp_path: Path) -> None:
+    """WebDataset cuts frame.0000.jpg at the first dot, so that all frames are one sample."""
+    samples = [(f"frame.{k:04d}", encode(noise(k), "JPEG"), b"%d" % k) for k in range(4)]
+    good = [("a.0007", encode(noise(7), "JPEG"), b"7"), ("b", encode(noise(8), "JPEG"), b"8")]
+    path = str(write_shard(tmp_path / "s.tar", [*samples, *good]))
+    for build in (IndexedShards, WebDatasetShards):
+        data = build(path, size=8)
+        assert [(item["id"], item["label"]) for item in data] == [("s__a", 7), ("s__b", 8)]
+        ((item_id, reason),) = data.skipped
+        assert item_id == "s__frame" and "several pictures share the name before the first dot" in reason
+        assert "0000.jpg" in reason and "4 in all" in reason
+        with pytest.raises(UserError, match="before the first dot"):
+            build(str(write_shard(tmp_path / "frames.tar", samples)), size=8)
+
+
+def test_a_picture_of_two_suffixes_has_the_label_of_its_own_name(tmp_path: Path) -> None:
+    picture = encode(noise(0), "JPEG")
+    members = [("a.rgb", picture, b"3"), ("a", None, b"4"), ("b.rgb", picture, None), ("b", None, b"5")]
+    assert [i["label"] for i in IndexedShards(write_shard(tmp_path / "s.tar", members), size=8)] == [3, 5]
 
 
 def test_wnids_turn_labels_into_class_indices(three_shards: list[str], tmp_path: Path) -> None:
@@ -701,3 +748,38 @@ def test_configs_name_real_parameters(path: Path) -> None:
         module, name = node["target"].rsplit(".", 1)
         known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
         assert set(node["params"]) <= set(known)
+
+
+def test_validation_images_need_no_training_images(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "val" / "a.png")
+    folder = {"target": "featinv.data.folders.FlatFolder", "params": {"size": 8}}
+    parts = {part: {**folder, "params": {"size": 8, "root": str(tmp_path / part)}} for part in ("train", "val")}
+    node = {"target": "featinv.data.datamodule.ImageDataModule", "params": parts}
+    assert len(load_part(node, "val")) == 1
+    with pytest.raises(UserError, match="no folder"):
+        load_part(node, "train")
+    with pytest.raises(UserError, match="data.params.batch is unknown"):
+        load_part({**node, "params": {**parts, "batch": 3}}, "val")
+    assert load_part({**node, "params": {"train": parts["train"]}}, "val") is None
+    assert len(load_part({**node, "params": {"train": str(tmp_path / "val")}}, "train")) == 1
+    own = load_part({"target": "test_data.OwnModule"}, "val")
+    assert own == ["val images"]
+
+
+class OwnModule:
+    """A data module of another class."""
+
+    def setup(self) -> None:
+        self.val = ["val images"]
+
+
+def test_a_list_of_skipped_pictures_is_written_whoever_keeps_it(tmp_path: Path) -> None:
+    class Own(list):
+        skipped = [("a", "torn")]
+
+    write_skipped(Own([1, 2]), tmp_path / "skipped.json")
+    report = json.loads((tmp_path / "skipped.json").read_text())
+    assert report["used"] == 2 and report["skipped"] == [{"id": "a", "reason": "torn"}]
+    write_skipped([1, 2], tmp_path / "nothing.json")
+    assert not (tmp_path / "nothing.json").exists()

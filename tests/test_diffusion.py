@@ -1,7 +1,14 @@
 import pytest
 import torch
 from conftest import tiny_first_stage, tiny_prior, wake
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
@@ -71,6 +78,39 @@ def test_every_number_of_steps_has_as_many_timesteps_or_is_refused(sampler) -> N
     assert refused == (list(range(501, 1001)) if sampler == "ddim_leading" else [])
     with pytest.raises(UserError, match="1001 steps"):
         make_stepper(scheduler, sampler, 1001)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_each_step_evaluates_the_network_once_and_draws_nothing(sampler) -> None:
+    scheduler, noise, seen = tiny_prior("epsilon").scheduler, torch.randn(1, 1, 2, 2), []
+
+    def denoise(x, t):
+        seen.append(int(t))
+        return 0.5 * x
+
+    for n in range(1, 61):
+        seen.clear()
+        before = torch.get_rng_state()
+        assert sample(denoise, noise, scheduler, sampler, n).isfinite().all() and len(seen) == n
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "kind,extra,fewest,reason",
+    [
+        (HeunDiscreteScheduler, {}, 2, "once a step"),
+        (PNDMScheduler, {}, 4, "once a step"),  # which diffusers itself refuses with fewer
+        (PNDMScheduler, {"skip_prk_steps": True}, 2, "once a step"),  # one timestep more, whatever the number
+        (EulerAncestralDiscreteScheduler, {}, 1, "fresh noise"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, 1, "fresh noise"),
+        (LCMScheduler, {}, 2, "fresh noise"),
+    ],
+)
+def test_schedulers_that_the_loop_would_run_wrongly_are_refused(monkeypatch, kind, extra, fewest, reason) -> None:
+    monkeypatch.setitem(SAMPLERS, "new", (kind, extra))
+    for n in (fewest, 10, 50):
+        with pytest.raises(UserError, match=rf"new \({kind.__name__}\).*{reason}"):
+            make_stepper(tiny_prior("epsilon").scheduler, "new", n)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])

@@ -32,9 +32,9 @@ class Items:
     def __getitem__(self, index):
         return {{"image": images(1, index, SIDE)[0], "label": index % 5, "id": f"image-{{index}}"}}
 
-backbone = load_backbone("resnet10t", pretrained=False, input_size=32)
+backbone, referee = (load_backbone(name, pretrained=False, input_size=32) for name in ("resnet10t", "resnet14t"))
 for count in (50, 300):
-    settings = dict(referee=backbone, size=SIDE, distribution_resamples=5)
+    settings = dict(referee=referee, size=SIDE, distribution_resamples=5)
     benchmark = Benchmark(backbone, Items(count), {out!r} + str(count), **settings)
     benchmark.run({{"a": Contestant(Large()), "b": Contestant(Large(0.3))}})
     print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -22,6 +22,7 @@ from torchmetrics.functional.regression import cosine_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from featinv.backbones import load_backbone
 from featinv.errors import UserError
 from featinv.metrics import distribution, intervals
 from featinv.metrics.collection import METRICS, derangement, same_class_partner
@@ -44,7 +45,7 @@ from featinv.metrics.features import (
 from featinv.metrics.images import PSNR_CAP, embedding_diversity, pixel_diversity, psnr, ssim
 from featinv.metrics.intervals import bootstrap_mean, bootstrap_r2, resampled_interval
 from featinv.metrics.names import short_names
-from featinv.metrics.networks import inception_embedder, lpips_network
+from featinv.metrics.networks import check_referee, inception_embedder, lpips_network
 from featinv.metrics.rows import Judges, Row, evaluate_rows
 from featinv.metrics.summary import DISTRIBUTION_METRICS, metric_name, summarise
 
@@ -787,6 +788,17 @@ def test_evaluation_rejects_what_does_not_fit(photos: Tensor, backbone) -> None:
         whole_pass(photos[:0], photos[:0], backbone)
     with pytest.raises(UserError, match="different networks"):
         summarise({}, {"a": random(5, 2)}, {"b": random(5, 2)})
+
+
+def test_a_network_is_no_referee_of_itself_at_whatever_layer() -> None:
+    inverted, same, other = (
+        load_backbone(n, x)
+        for n, x in (("mobilenetv2", "blocks.4"), ("mobilenetv2", None), ("efficientnet_lite0", None))
+    )
+    check_referee(other, inverted)
+    check_referee(None, inverted)
+    with pytest.raises(UserError, match="the very network that is inverted"):
+        check_referee(same, inverted)
 
 
 def test_summary_has_the_schema_of_metrics_json(photos: Tensor, backbone, referee) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from cells import Cells
@@ -10,7 +11,7 @@ from test_benchmark import Headless, Painter, items
 from eval.robustness import attack, chosen_conditions, corruption, foreign, left_out
 from featinv.attribution.transfer import predict
 from featinv.config import CONFIG_ROOT, load_config
-from featinv.data.corruptions import CORRUPTIONS, corrupt
+from featinv.data.corruptions import CORRUPTIONS, _plasma, corrupt
 from featinv.data.outliers import OUTLIERS, outlier, sketch
 from featinv.errors import UserError
 from featinv.image import load_png
@@ -52,6 +53,13 @@ def test_corruptions_are_their_formulas(photo) -> None:
     assert torch.allclose(brighter.amax(0), (photo.amax(0) + 0.2).clamp(max=1), atol=1e-5)  # HSV's value is the maximum
     for name in ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "pixelate"):
         assert torch.allclose(corrupt(grey, name, 5), grey, atol=0.003), name  # a blur of one grey is that grey
+    fractal = _plasma(256, 1.7, np.random.default_rng(0))
+    new = []
+    for step in (4, 2):  # what each halving adds to the mean of the four corners
+        corners, half = fractal[::step, ::step], step // 2
+        mean = (corners + np.roll(corners, -1, 0) + np.roll(corners, -1, 1) + np.roll(corners, (-1, -1), (0, 1))) / 4
+        new.append((fractal[half::step, half::step] - mean).std())
+    assert new[0] / new[1] == pytest.approx(1.7**2, rel=0.03) and fractal.min() == 0 and fractal.max() == 1
     dot = torch.zeros(3, 65, 65)
     dot[:, 32, 32] = 1
     blurred = corrupt(dot, "defocus_blur", 5)[0]

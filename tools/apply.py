@@ -6,7 +6,7 @@ python -m tools.apply posterior --inverter NAME --scene 5:3 --samples 8
 python -m tools.apply steer --inverter NAME --scene 5:3 --concept mean:object0_colour=red --positions object0
 python -m tools.apply paste --inverter NAME --image a.jpg --other b.jpg --region .2 .3 .6 .9
 python -m tools.apply refine --inverter NAME --image a.jpg --tolerance 0.9
-python -m tools.apply subset --inverter NAME --scene 5:3 --region 0 0 .5 1 --top 200
+python -m tools.apply subset --inverter NAME --scene 5:3 --region 0 0 .5 1 --top 50
 python -m tools.apply layers --inverter optimisation --backbone efficientnet_lite0 --scene 5:3 --n 8
 """
 
@@ -44,6 +44,7 @@ from featinv.inverters.base import Inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.masks import top_channels
 from featinv.metrics.features import feature_cosine
+from featinv.metrics.networks import check_referee
 from featinv.report.page import picture_table, write_page
 from tools.task import Task, bar
 
@@ -162,7 +163,9 @@ def _posterior(task: Task) -> Result:
 
 
 def _referee(task: Task) -> Backbone:
-    return load_backbone(task.options.referee, input_size=128).to(task.backbone.mean.device)
+    referee = load_backbone(task.options.referee, input_size=128).to(task.backbone.mean.device)
+    check_referee(referee, task.backbone)
+    return referee
 
 
 def _refine(task: Task) -> Result:

@@ -17,7 +17,8 @@ from torch.utils.data import Subset
 
 from featinv.backbones import load_backbone
 from featinv.cli import parse_command_line
-from featinv.config import instantiate, load_group
+from featinv.config import load_group
+from featinv.data import load_part
 from featinv.errors import exit_on_user_error
 from featinv.files import write_json
 from featinv.inverters.build import Trained, build_inverter, bundled_inverters, load_trained
@@ -66,11 +67,10 @@ def run(config: DictConfig, out: Path, changed: bool = False) -> dict[str, Any]:
     train(OmegaConf.masked_copy(config, [key for key in config if key != "demo"]), branch, changed=changed)
     trained = load_trained(branch)
     backbone = trained.load_backbone()
-    data = instantiate(config.data, where="data")
-    data.setup()
+    images = load_part(config.data, "val")
     benchmark = Benchmark(
         backbone.at(JUDGE),
-        Subset(data.val, range(min(config.demo.images, len(data.val)))),  # type: ignore[arg-type]
+        Subset(images, range(min(config.demo.images, len(images)))),
         out,
         referee=load_backbone("mobilenetv2"),
         first_stage=trained.inverter.prior.first_stage,  # type: ignore[attr-defined]

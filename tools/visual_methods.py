@@ -41,7 +41,8 @@ Method = Callable[[Backbone, Tensor, argparse.Namespace], Result]
 def _saliency(name: str) -> Method:
     def method(backbone: Backbone, image: Tensor, options: argparse.Namespace) -> Result:
         target = None if options.target is None else [options.target]
-        found = to_map(SALIENCY[name](backbone, image, target))
+        words = {"seeds": [options.seed]} if name == "smooth_grad" else {}  # the only one that draws
+        found = to_map(SALIENCY[name](backbone, image, target, **words))
         with torch.no_grad():
             probabilities = backbone.logits(image).softmax(1)[0]
             best = probabilities.topk(min(5, len(probabilities)))

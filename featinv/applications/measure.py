@@ -15,10 +15,11 @@ from featinv.applications.concepts import Direction, class_means
 from featinv.applications.matching import FeatureGuidedInverter
 from featinv.applications.posterior import calibrate, draw_samples, pixel_map, sample_cosines
 from featinv.applications.refine import refine
-from featinv.applications.scene_reader import SceneReader, SceneSet
+from featinv.applications.scene_reader import OBJECT, SceneReader, SceneSet
 from featinv.applications.steering import SteeringTest, Strip, factor_changes, steer_strip
 from featinv.applications.subset import SubsetInverter
 from featinv.backbones.base import Backbone
+from featinv.config import nearest
 from featinv.data.scene_factors import FACTOR_INDEX, FACTORS
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter
@@ -48,6 +49,12 @@ def _check_count(scenes: SceneSet, fewest: int, what: str) -> None:
         raise UserError(f"{what} is measured on at least {fewest} scenes, not {len(scenes.images)}.")
 
 
+def check_factor(factor: str) -> None:
+    """Raise UserError if a factor is none of an object's that have classes."""
+    if factor not in OBJECT:
+        raise UserError(f"factor {factor!r}: {nearest(factor, OBJECT)}")
+
+
 def measure_steering(
     inverter: Inverter,
     backbone: Backbone,
@@ -65,9 +72,10 @@ def measure_steering(
     "others_by_chance" how often it does between two draws of the unsteered features.
 
     Raises:
-        UserError: If there are fewer than four scenes.
+        UserError: If there are fewer than four scenes, or objects have no such factor.
     """
     _check_count(scenes, 4, "steering")
+    check_factor(factor)
     name = f"object0_{factor}"
     own, classes = scenes.factors[:, FACTOR_INDEX[name]], FACTORS[FACTOR_INDEX[name]].classes
     wanted = torch.tensor([(int(c) + 1 + i % (len(classes) - 1)) % len(classes) for i, c in enumerate(own)])

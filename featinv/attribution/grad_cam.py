@@ -78,20 +78,28 @@ def _probed(backbone: Backbone, layer: str, probe: nn.Module, count: int) -> Ite
     modules = dict(_network(backbone).named_modules())
     if layer not in modules:
         raise UserError(f"no module is called {layer!r}: {nearest(layer, [*modules][1:400])}")
-    spec, nhwc = cut.spec, getattr(_network(backbone), "output_fmt", "NCHW") == "NHWC"
-    hook = modules[layer].register_forward_hook(lambda _m, _i, output: _through(probe, output, spec, nhwc, count))
+    spec, layout = cut.spec, getattr(_network(backbone), "output_fmt", "NCHW")
+    hook = modules[layer].register_forward_hook(lambda _m, _i, output: _through(probe, output, spec, layout, count))
     try:
         yield Logits(backbone)
     finally:
         hook.remove()
 
 
-def _through(probe: nn.Module, output: Any, spec: FeatureSpec, nhwc: bool, count: int) -> Tensor:
-    """The layer's output in its own layout, its map having passed through `probe`."""
+def _through(probe: nn.Module, output: Any, spec: FeatureSpec, layout: str, count: int) -> Tensor:
+    """The layer's output in its own layout, its map having passed through `probe`.
+
+    Within its blocks many a model leaves the layout that it has outside, which counts where the shape does not tell.
+    """
     if not isinstance(output, Tensor) or len(output) != count:
         raise UserError(f"layer {spec.layer!r} gives no map of each whole image; choose a block or a stage.")
     if output.ndim == 3:
         prefix = output.shape[1] - spec.height * spec.width
         grid = output[:, prefix:].transpose(1, 2).unflatten(2, (spec.height, spec.width))
         return torch.cat([output[:, :prefix], probe(grid).flatten(2).transpose(1, 2)], 1)
+    shapes = {"NCHW": (spec.channels, spec.height, spec.width), "NHWC": (spec.height, spec.width, spec.channels)}
+    found = [name for name, shape in shapes.items() if tuple(output.shape[1:]) == shape]
+    if not found:
+        raise UserError(f"layer {spec.layer!r} gives {tuple(output.shape[1:])}, not the map that it gives elsewhere.")
+    nhwc = (layout if layout in found else found[0]) == "NHWC"
     return probe(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if nhwc else probe(output)

@@ -87,7 +87,7 @@ def transfer_table(
     backbones: dict[str, Backbone],
     originals: Tensor | None = None,
     batch_size: int = 64,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, dict[str, float | None]]]:
     """How adversarial examples made for one network act on others (Szegedy et al. 2014, arXiv 1312.6199).
 
     Args:
@@ -100,22 +100,23 @@ def transfer_table(
     Returns:
         table[source][judge] = {"n": number of images, "right": share whose predicted class is the label, "changed":
         share whose predicted class is not the one of the original, "flipped": the same among the originals that the
-        judge got right, whose number is "n_right"; NaN if there are none}.
+        judge got right, whose number is "n_right"; None if there are none}.
 
     Raises:
         UserError: If the numbers of images and labels differ.
     """
     for name, images in {**attacked, **({} if originals is None else {"originals": originals})}.items():
         _check_labels(images, labels, name)
-    table: dict[str, dict[str, dict[str, float]]] = {source: {} for source in attacked}
+    table: dict[str, dict[str, dict[str, float | None]]] = {source: {} for source in attacked}
     for judge, backbone in backbones.items():
         before = None if originals is None else predict(backbone, originals, batch_size)
         for source, images in attacked.items():
             after = predict(backbone, images, batch_size)
-            cell = {"n": float(len(after)), "right": float((after == labels.cpu()).double().mean())}
+            right = (after == labels.cpu()).double().mean()
+            cell: dict[str, float | None] = {"n": float(len(after)), "right": float(right)}
             if before is not None:
-                changed, right = (after != before).double(), before == labels.cpu()
-                cell |= {"changed": float(changed.mean()), "n_right": float(right.sum())}
-                cell["flipped"] = float(changed[right].mean())
+                changed, known = (after != before).double(), before == labels.cpu()
+                cell |= {"changed": float(changed.mean()), "n_right": float(known.sum())}
+                cell["flipped"] = float(changed[known].mean()) if known.any() else None
             table[source][judge] = cell
     return table

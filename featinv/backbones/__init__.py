@@ -48,7 +48,9 @@ def load_backbone(name: str, layer: str | None = None, **params: Any) -> Backbon
         params["layer"] = layer
     if (CONFIG_ROOT / "backbone" / f"{name}.yaml").is_file():
         node = load_group("backbone", name)
-        return instantiate({"target": node.target, "params": {**node.params, **params}}, where=f"backbone {name}")
+        return instantiate(
+            {"target": node.target, "params": {**(node.get("params") or {}), **params}}, where=f"backbone {name}"
+        )
     if name in BUNDLED:
         return bundled_backbone(name, **params)
     if name.startswith("open_clip:"):

@@ -23,7 +23,9 @@ DATASETS = {
 }
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-__all__ = ["DATASETS", "load_dataset"]
+_DATA_MODULE = "featinv.data.datamodule.ImageDataModule"
+
+__all__ = ["DATASETS", "load_dataset", "load_part"]
 
 
 def load_dataset(name_or_node: str | os.PathLike[str] | Mapping[str, Any], **params: Any) -> Dataset[dict[str, Any]]:
@@ -47,6 +49,32 @@ def load_dataset(name_or_node: str | os.PathLike[str] | Mapping[str, Any], **par
         name, key = _guess(name)
         params = {key: os.fspath(name_or_node), **params}
     return instantiate({"target": DATASETS[name], "params": params})
+
+
+def load_part(node: Mapping[str, Any], part: str) -> Any:
+    """Build the training ("train") or the validation ("val") images of a configuration's `data`, not the others.
+
+    ImageNet's million training pictures need not be there, nor be looked at, to draw from fifty thousand others. A data
+    module of another class than ours sets up what it will, and has its `train` or `val` taken.
+
+    Returns:
+        A data set; None if there are no such images.
+
+    Raises:
+        UserError: As `load_dataset`.
+    """
+    from featinv.config import check_params, instantiate, is_node, resolve_target
+
+    if node.get("target") != _DATA_MODULE:
+        module = instantiate(node, where="data")
+        module.setup()
+        return getattr(module, part)
+    params = node.get("params") or {}
+    check_params(resolve_target(_DATA_MODULE), list(params), "data.params")
+    given = params.get(part)
+    if is_node(given):
+        return instantiate(given, where=f"data.params.{part}")
+    return load_dataset(given) if isinstance(given, str) else given
 
 
 def _guess(path: str) -> tuple[str, str]:

@@ -124,18 +124,21 @@ def snow(x: Array, parameters: tuple[float, ...], generator: Generator) -> Array
 
 
 def _plasma(side: int, decay: float, generator: Generator) -> Array:
-    """Fractal noise in [0, 1] by diamonds and squares; `side` is a power of two, the noise wraps around."""
+    """Fractal noise in [0, 1] by diamonds and squares; `side` is a power of two, the noise wraps around.
+
+    The amplitude falls by decay² at each halving: the original multiplies its noise by `strength` twice.
+    """
     field, step, strength = np.zeros((side, side)), side, 100.0
     while step >= 2:
         half = step // 2
         corners = field[::step, ::step]
         squares = (corners + np.roll(corners, -1, 0) + np.roll(corners, -1, 1) + np.roll(corners, (-1, -1), (0, 1))) / 4
-        field[half::step, half::step] = squares + generator.uniform(-strength, strength, squares.shape)
+        field[half::step, half::step] = squares + generator.uniform(-(strength**2), strength**2, squares.shape)
         middles = field[half::step, half::step]
         for axis in (0, 1):  # the diamonds between corners along the other axis
             near = (middles + np.roll(middles, 1, axis) + corners + np.roll(corners, -1, 1 - axis)) / 4
             places = (slice(None, None, step), slice(half, None, step))[:: 1 - 2 * axis]
-            field[places] = near + generator.uniform(-strength, strength, near.shape)
+            field[places] = near + generator.uniform(-(strength**2), strength**2, near.shape)
         step, strength = half, strength / decay
     field -= field.min()
     return field / field.max()

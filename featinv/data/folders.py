@@ -128,24 +128,30 @@ def pictures(path: str | os.PathLike[str], size: int) -> ImageList:
 def list_images(folder: Path, recursive: bool = True) -> list[str]:
     """List image files (by suffix, hidden ones left out) as sorted paths relative to `folder`.
 
-    Links to other folders are followed, each once; one into the folder itself, or to one above it, is left out.
+    Links to other folders are followed, and each folder is read once, whatever leads to it. A link into the folder
+    itself, or to one above it or above where the link lies, is left out.
     """
-    return sorted(path.relative_to(folder).as_posix() for path in _walk(folder, recursive, set()))
+    found = _walk(folder, recursive, set(), os.path.realpath(folder))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _walk(folder: Path, recursive: bool, seen: set[str]) -> Iterator[Path]:
+def _walk(folder: Path, recursive: bool, seen: set[str], root: str) -> Iterator[Path]:
     links = []
     for parent, folders, files in os.walk(folder):
-        seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        real = os.path.realpath(parent)
+        seen.add(real)
+        visible = (name for name in folders if recursive and not name.startswith("."))
+        # A link read before may have led into the middle of this tree.
+        folders[:] = sorted(name for name in visible if os.path.join(real, name) not in seen)
         links += [path for name in folders if (path := Path(parent) / name).is_symlink()]
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 yield Path(parent) / name
     for link in links:
         real = os.path.realpath(link)
-        if not any(known == real or known.startswith(real + os.sep) for known in seen):
-            yield from _walk(link, recursive, seen)
+        upwards = any(Path(place).is_relative_to(real) for place in (root, os.path.realpath(link.parent)))
+        if real not in seen and not upwards:
+            yield from _walk(link, recursive, seen, root)
 
 
 def has_class_folders(folder: Path) -> bool:

@@ -155,6 +155,16 @@ def write_skip_report(path: str | Path, where: str, used: int | None, skipped: S
     write_json(path, {"source": where, "used": used, "n_skipped": len(rows), "skipped": rows})
 
 
+def write_skipped(dataset: Any, path: str | Path) -> None:
+    """Write what a data set has skipped, if anything: by its own `write_report`, if it has one, else by its list."""
+    if not (skipped := getattr(dataset, "skipped", None)):
+        return
+    if hasattr(dataset, "write_report"):
+        dataset.write_report(path)
+    else:
+        write_skip_report(path, type(dataset).__name__, len(dataset) if hasattr(dataset, "__len__") else None, skipped)
+
+
 def stable_ids(names: Sequence[str]) -> list[str]:
     """Give each relative name a filename-safe id: without its suffix, folders joined by "__".
 

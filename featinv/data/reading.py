@@ -48,6 +48,7 @@ def read_image(source: ImageSource, *, name: str | None = None, min_side: int | 
 
     EXIF rotation is applied (a damaged EXIF block is passed over). Grey, palette and CMYK become RGB, a CMYK JPEG being
     taken as inverted, the way Adobe writes it. Grey of 16 bits keeps them all, colour of 16 bits its upper eight.
+    Grey of 32 bits is read if its integers fit into 16 bits, or its floats into [0, 1].
     Transparency is composited on white; an animation gives its first frame. Colour profiles are ignored.
 
     Args:
@@ -57,8 +58,8 @@ def read_image(source: ImageSource, *, name: str | None = None, min_side: int | 
             shrunk by a whole factor while decoding, and stay at least twice as large; None keeps every pixel.
 
     Raises:
-        UnreadableImage: If it is missing, empty, truncated, not a picture, or too large to be one (Pillow's
-            limit against decompression bombs).
+        UnreadableImage: If it is missing, empty, truncated, not a picture, of grey beyond these ranges, or too large
+            to be one (Pillow's limit against decompression bombs).
     """
     name = _name(source, name)
     try:
@@ -165,8 +166,11 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image).astype(np.float32)
     if image.mode != "F":
         (bits,) = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))  # cameras' TIFFs have 12
-        pixels /= 2 ** min(bits, 16) - 1  # Pillow may widen 16 to 32
-        return np.clip(pixels, 0, 1, out=pixels)
+        white = 2 ** min(bits, 16) - 1  # Pillow may widen 16 to 32
+        if pixels.min() < 0 or pixels.max() > white:
+            raise ValueError(f"its integer pixels are not in 0 to {white}, the range of {min(bits, 16)} bits")
+        pixels /= white
+        return pixels
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError("its floating-point pixels are not in [0, 1]")
     return pixels

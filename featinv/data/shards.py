@@ -194,7 +194,8 @@ def iter_shards(shards: Sequence[Shard], to_label: Mapping[int, int] | None, on_
                 continue
             seen.add(item_id)
             try:
-                yield Entry(item_id, _label(sample, to_label), _picture(sample))
+                picture = _picture(sample)
+                yield Entry(item_id, _label(sample, picture, to_label), sample[picture])
             except UserError as error:
                 on_skip(item_id, str(error))
 
@@ -228,23 +229,32 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"it is cut or damaged ({error})") from error
 
 
-def _picture(sample: Mapping[str, Any]) -> bytes:
-    for whole in (True, False):  # 000.png is meant where 000.mask.png lies beside it
-        for suffix in IMAGE_SUFFIXES:
-            for key, value in sample.items():
-                if not key.startswith("__") and (f".{key}" == suffix if whole else f".{key}".endswith(suffix)):
-                    return value
-    raise UserError("the sample holds no picture")
+def _picture(sample: Mapping[str, Any]) -> str:
+    """Return the key of the sample's picture, which is what follows the first dot of its name."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix[1:] in sample:  # 000.png is meant where 000.mask.png lies beside it
+            return suffix[1:]
+    keys = [key for key in sample if key.endswith(IMAGE_SUFFIXES) and not key.startswith("__")]
+    if not keys:
+        raise UserError("the sample holds no picture")
+    if len(keys) > 1:  # frame.0000.jpg, frame.0001.jpg are one sample to webdataset
+        raise UserError(
+            f"several pictures share the name before the first dot; they end in .{keys[0]}, .{keys[1]} "
+            f"({len(keys)} in all); name them without other dots than the suffix's"
+        )
+    return keys[0]
 
 
-def _label(sample: Mapping[str, Any], to_label: Mapping[int, int] | None) -> int:
-    if "cls" not in sample:
+def _label(sample: Mapping[str, Any], picture: str, to_label: Mapping[int, int] | None) -> int:
+    own = "".join(picture.rpartition(".")[:2]) + "cls"  # of 000.rgb.png, 000.rgb.cls goes before 000.cls
+    text = sample.get(own, sample.get("cls"))
+    if text is None:
         return -1
     try:
-        label = int(sample["cls"])
+        label = int(text)
         return label if to_label is None else to_label[label]
     except (ValueError, KeyError) as error:
-        raise UserError(f"its label {sample['cls'][:20]!r} is not a class index") from error
+        raise UserError(f"its label {text[:20]!r} is not a class index") from error
 
 
 def _label_map(wnids: str | os.PathLike[str] | None) -> dict[int, int] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -29,7 +31,7 @@ class _DDIM(DDIMScheduler):  # type: ignore[misc]
         return super().step(model_output, timestep, sample, **settings)
 
 
-# name -> (scheduler, arguments beyond the training schedule's own)
+# name -> (scheduler, arguments beyond the training schedule's own); `make_stepper` says what a scheduler must be.
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (_DDIM, {"clip_sample": False, "set_alpha_to_one": True}),
     # As the LDM code steps: timesteps 1, 1 + T / steps, ..., so that the first is told of less noise than there is.
@@ -91,7 +93,8 @@ def make_stepper(scheduler: DDPMScheduler, sampler: str, num_inference_steps: in
 
     Raises:
         UserError: If the sampler is unknown or the number of steps is not in [1, training timesteps], of
-            "ddim_leading" in [1, half of them].
+            "ddim_leading" in [1, half of them]; if the scheduler evaluates the network more than once a step, or
+            draws noise while it steps, since a sample depends on its seed alone.
     """
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
@@ -104,8 +107,30 @@ def make_stepper(scheduler: DDPMScheduler, sampler: str, num_inference_steps: in
     # Trailing timesteps start at pure noise, as sampling does (Lin et al. 2023, arXiv 2305.08891, section 3.3).
     stepper = kind.from_config(scheduler.config, **{"timestep_spacing": "trailing", **extra})
     stepper.set_timesteps(num_inference_steps)
-    # diffusers counts down in floats, which for some numbers (61 of 1000) gives one more, at timestep -1.
+    # diffusers counts down in floats, which for some numbers (61 of 1000) gives one more, at timestep -1. Any other
+    # surplus is a second evaluation of some steps (Heun, PNDM), and a cut would stop it midway.
+    if (stepper.timesteps[num_inference_steps:] >= 0).any():
+        raise UserError(
+            f"the sampler {sampler} ({kind.__name__}) has {len(stepper.timesteps)} timesteps for {num_inference_steps} "
+            "steps; only schedulers that evaluate the network once a step can be samplers."
+        )
     stepper.timesteps = stepper.timesteps[:num_inference_steps]
     if hasattr(stepper, "sigmas"):
         stepper.sigmas = torch.cat([stepper.sigmas[:num_inference_steps], stepper.sigmas[-1:]])
+    if _draws_noise(stepper):
+        raise UserError(
+            f"the sampler {sampler} ({kind.__name__}) draws fresh noise at every step; only deterministic schedulers "
+            "can be samplers, so that a sample depends on its seed alone."
+        )
     return stepper
+
+
+def _draws_noise(stepper: Any) -> bool:
+    """Try the first step; diffusers' schedulers with noise of their own draw it from the generator given to `step`."""
+    if "generator" not in inspect.signature(stepper.step).parameters:
+        return False
+    stepper, generator = copy.deepcopy(stepper), torch.Generator()
+    before, timestep = generator.get_state(), stepper.timesteps[0]
+    latents = stepper.scale_model_input(torch.zeros(1, 1, 1, 1, device="cpu"), timestep)
+    stepper.step(torch.zeros_like(latents), timestep, latents, generator=generator)
+    return not torch.equal(before, generator.get_state())

@@ -23,8 +23,6 @@ class Inverter(Protocol):
 class TrainableInverter(Inverter, Protocol):
     """An inverter with weights of its own."""
 
-    prior: Any
-
     def training_losses(
         self, images: Tensor | None, features: Tensor, *, seeds: Sequence[int], latents: Tensor | None = None
     ) -> dict[str, Tensor]:

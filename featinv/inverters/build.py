@@ -16,6 +16,7 @@ from torch import Tensor
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.config import instantiate, nearest, refuse_foreign, resolve_target
+from featinv.data import load_part
 from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
 from featinv.errors import UserError
 from featinv.inverters.base import Inverter, TrainableInverter
@@ -121,9 +122,7 @@ def _training_images(config: DictConfig) -> Any:
     node = copy.deepcopy(config.data)
     if OmegaConf.select(node, "params.train.params.augment"):
         node.params.train.params.augment = False
-    data = instantiate(node, where="data")
-    data.setup()
-    return data.train
+    return load_part(node, "train")
 
 
 def about(config: DictConfig, inverter: Inverter, spec: FeatureSpec) -> dict[str, Any]:
@@ -262,6 +261,11 @@ def load_trained(name_or_path: str | Path, prior: DiffusionPrior | None = None) 
         raise UserError(f"{path} was trained with another branch than that of {config.branch_of!r} now; retrain it.")
     if isinstance(inverter, TrainableInverter):
         _restore(inverter, _averaged(tree), path)
+    elif tree["state_dict"]:
+        raise UserError(
+            f"{path} holds weights, and {type(inverter).__name__} has no place for them: it lacks a method of "
+            "TrainableInverter (docs/add-an-inverter.md)."
+        )
     if isinstance(inverter, torch.nn.Module):
         inverter.eval().requires_grad_(False)
     return Trained(inverter, config, spec, tree.get("note") or {})

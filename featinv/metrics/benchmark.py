@@ -30,6 +30,7 @@ from featinv.metrics.collection import (
 )
 from featinv.metrics.distribution import SMALL_N, distribution_meta
 from featinv.metrics.factors import FactorProbe
+from featinv.metrics.networks import check_referee, same_network
 from featinv.metrics.rows import Judges, Row, RowEvaluation, evaluate_rows, probe_input
 from featinv.metrics.tables import CEILING, FLOOR, SAME_CLASS, Tables
 from featinv.metrics.truth import FactorTruth, rounded, scene_truth
@@ -102,6 +103,7 @@ class Benchmark:
     ):
         if len(items) < 2:
             raise UserError(f"a benchmark needs at least two images, not {len(items)}: the floor pairs them.")
+        check_referee(referee, backbone)
         self.backbone, self.referee, self.out, self.size, self.seed = backbone, referee, Path(out), size, seed
         self.first_stage, self.batch_size = first_stage, batch_size
         self.distribution_resamples, self.class_labels = distribution_resamples, class_labels
@@ -141,6 +143,8 @@ class Benchmark:
         for name, contestant in contestants.items():
             if contestant.limit is not None and not (isinstance(contestant.limit, int) and contestant.limit > 0):
                 raise UserError(f"the limit of {name} must be a number of images from 1, not {contestant.limit!r}.")
+            if same_network(self.referee, contestant.backbone):
+                self.skipped[f"a referee for {name}"] = "it inverts the referee's own network"
         first_does(lambda: store_items(self._items, self.out / "originals"))
         items = StoredItems(self.out / "originals")
         made = {name: self._reconstruct(items, name, contestant, samples) for name, contestant in contestants.items()}

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from featinv.backbones.base import Backbone
 from featinv.errors import UserError
+from featinv.inverters.described import weights_hash
 from featinv.metrics.images import check_images
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -31,6 +33,22 @@ def available_networks() -> tuple[dict[str, nn.Module], Lpips | None, dict[str, 
     except UserError as error:
         skipped["lpips"] = str(error)
     return embedders, perceptual, skipped
+
+
+def same_network(one: Backbone | None, other: Backbone | None) -> bool:
+    """Whether two backbones have the same weights, whatever their layers; without weights nothing tells."""
+    if one is None or other is None or not any(True for _ in one.parameters()):
+        return False
+    return weights_hash(one.state_dict()) == weights_hash(other.state_dict())
+
+
+def check_referee(referee: Backbone | None, inverted: Backbone) -> None:
+    """Raise UserError if a referee is the network that is inverted itself: what pleases that one, pleases it."""
+    if same_network(referee, inverted):
+        raise UserError(
+            "the referee is the very network that is inverted and can be no judge of it; choose another, such as "
+            "efficientnet_lite0 (referee.params.name=, in eval.classic referee=, in tools.apply --referee)."
+        )
 
 
 class Lpips(nn.Module):

@@ -19,6 +19,7 @@ from featinv.inverters.base import Inverter
 from featinv.inverters.reconstruct import Reconstructions, reconstruct
 from featinv.inverters.stored import StoredItems, store_items
 from featinv.metrics.intervals import Interval, bootstrap_mean
+from featinv.metrics.networks import check_referee
 from featinv.metrics.rows import Judges, Row, evaluate_rows
 from featinv.processes import first_does
 
@@ -90,6 +91,7 @@ class Robustness:
     ):
         self.inverter, self.backbone, self.out = inverter, backbone, Path(out)
         self.seed, self.batch_size, self.about = seed, batch_size, about or {}
+        check_referee(referee, backbone)
         self.judges = Judges(backbone, referee, device=backbone.mean.device)
         first_does(lambda: store_items(items, self.out / "clean"))
         self.clean = StoredItems(self.out / "clean")

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from featinv.backbones import Backbone, without_weights
 from featinv.config import instantiate
+from featinv.data import load_part
 from featinv.diffusion.architectures import outline_prior
 from featinv.diffusion.half import saved_bytes
 from featinv.diffusion.lift import training_backbone, training_first_stage
@@ -197,15 +198,14 @@ def count_images(config: DictConfig, size: int, problems: list[str]) -> int | No
     """
     check_size(stated_size(config), size)
     try:
-        data = instantiate(config.data, where="data")
-        data.setup()
+        data = load_part(config.data, "train")
     except UserError as error:
         problems.append(str(error))
         return IMAGENET_IMAGES if config.data.params.train.target.endswith("ImageNetFolder") else None
-    if isinstance(data.train, IterableDataset):
+    if isinstance(data, IterableDataset):
         return None
-    check_size(data.train[0]["image"].shape[-1], size)
-    return len(data.train)
+    check_size(data[0]["image"].shape[-1], size)
+    return len(data)
 
 
 def _devices(settings: DictConfig) -> Iterator[str]:

@@ -15,8 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from featinv.config import differences, instantiate
+from featinv.config import differences
+from featinv.data import load_part
 from featinv.data.datamodule import collate, tell_epoch
+from featinv.data.image_list import write_skipped
 from featinv.diffusion.lift import training_first_stage
 from featinv.errors import UserError
 from featinv.files import write_text
@@ -72,11 +74,10 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
         UserError: If the disk is too small, or the images have another size than the inverter draws.
     """
     check_size(stated_size(config), module.inverter.size)
-    data = instantiate(config.data, where="data")
-    data.setup()
-    dataset, settings = data.train, config.training
-    if getattr(dataset, "skipped", None):
-        dataset.write_report(folder / "skipped.json")
+    dataset, settings = load_part(config.data, "train"), config.training
+    if dataset is None:
+        raise UserError("data.params.train is missing.")
+    write_skipped(dataset, folder / "skipped.json")
     if isinstance(dataset, IterableDataset):
         return dataset
     check_size(dataset[0]["image"].shape[-1], module.inverter.size)
@@ -92,9 +93,9 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
     epochs = settings.get("cache_epochs", 1)
     if epochs != 1:
         dataset, description = Epochs(dataset, epochs), description | {"epochs": epochs}
-    return build_cache(
-        settings.cache_root, description, dataset, first_stage, module.backbone, num_workers=data.num_workers
-    )
+    workers = OmegaConf.select(config, "data.params.num_workers", default=0)
+    root = settings.cache_root
+    return build_cache(root, description, dataset, first_stage, module.backbone, num_workers=workers)
 
 
 def stated_size(config: DictConfig) -> int | None:
@@ -118,12 +119,10 @@ def held_out_images(config: DictConfig, count: int) -> Tensor:
     """
     if count < 1:
         raise UserError(f"training.probe_images must be at least 1, not {count}.")
-    data = instantiate(config.data, where="data")
-    data.setup()
-    if data.val is None:
+    images = load_part(config.data, "val")
+    if images is None:
         raise UserError("data.params.val is missing: training reports the feature cosine of held-out images.")
-    count = min(count, len(data.val))
-    return torch.stack([data.val[i]["image"] for i in range(count)])
+    return torch.stack([images[i]["image"] for i in range(min(count, len(images)))])
 
 
 @contextlib.contextmanager
