@@ -92,10 +92,10 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
             )
         },
     )
-    module.apply_average()
+    state = module.apply_average()
     if module.global_rank == 0:
         figures = probe.lines[-1] if probe.lines else {}
-        save_inverter(out / INVERTER_FILE, inverter, module.described, torch.float16, figures)
+        save_inverter(out / INVERTER_FILE, inverter, module.described, torch.float16, figures, state)
         print(f"{out / INVERTER_FILE} is written; feature cosine of {len(probe_images)} held-out images: {figures}")
 
 

@@ -148,3 +148,13 @@ def test_the_decoder_learns_under_autocast_on_a_cpu(backbone, size) -> None:
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.02)
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.requires_grad)
+
+
+def test_images_are_encoded_into_latents_of_full_precision_under_autocast(prior, inverter, backbone) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    features = backbone(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prior.first_stage.encode(images).dtype == torch.bfloat16
+        found = inverter.training_losses(images, features, seeds=[0, 1])
+    # The noise schedule is computed in the latents' format, and in bfloat16 adds nothing at its first steps.
+    assert found["latents"].dtype == torch.float32

@@ -23,6 +23,7 @@ from featinv.data.scenes import ScenesDataset
 from featinv.data.shards import WebDatasetShards
 from featinv.errors import UserError
 from featinv.image import save_png
+from featinv.inverters.build import INVERTER_FILE, save_inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.upconv import UpconvInverter
 from featinv.processes import (
@@ -89,10 +90,10 @@ def _train(
     probe = FeatureProbe(ScenesDataset(2, size=32)[0]["image"][None], backbone, folder, 2, 4)
     settings = {"batch_size": 4, "checkpoint_every": 2, "precision": "fp32", "accelerator": "cpu", **settings}
     fit(module, dataset, folder, max_steps=steps, callbacks=[probe], progress=False, **settings)
-    module.apply_average()
+    state = module.apply_average()
     (folder / f"{rank}-{steps}.json").write_text(json.dumps({"losses": losses, "seen": seen, "probe": probe.lines}))
     if rank == 0:
-        torch.save(module.inverter.trainable_state(), folder / "weights.pt")
+        save_inverter(folder / "averaged" / INVERTER_FILE, module.inverter, {}, state=state)
 
 
 def _losses(folder: Path, steps: int = STEPS) -> torch.Tensor:
@@ -106,7 +107,7 @@ def _assert_same_pictures(one: Path, other: Path, backbone) -> None:
     pictures = []
     for folder in (one, other):
         inverter = _module(backbone).inverter
-        inverter.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=False)
+        inverter.load_state_dict(load_checkpoint(folder / "averaged" / INVERTER_FILE)["state_dict"], strict=False)
         pictures.append(inverter.invert(torch.rand(2, 512, 2, 2, generator=torch.manual_seed(1)), seeds=[1, 2]))
     torch.testing.assert_close(pictures[0], pictures[1], atol=1e-4, rtol=0)
 

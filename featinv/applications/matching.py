@@ -159,6 +159,7 @@ class BestInverter:
         best, highest = torch.empty(0), torch.full((len(features),), -torch.inf, device=features.device)
         for draw in range(self.count):
             images = self.inverter.invert(features, seeds=[seed ^ draw * _SPREAD for seed in seeds])
+            images = images.to(features.device)  # others than networks give theirs on the CPU
             found = F.cosine_similarity(self.backbone(images.float()).flatten(1), features.flatten(1))
             better = found > highest  # not where it is NaN
             best = images if draw == 0 else torch.where(better[:, None, None, None], images, best)
@@ -207,14 +208,14 @@ class CorrectedInverter:
 
     def _draw(self, features: Tensor, seeds: Sequence[int], told: Tensor) -> Tensor:
         if self.lift is None:
-            return self.inverter.invert(told, seeds=seeds)
+            return self.inverter.invert(told, seeds=seeds).to(features.device)
         return self.inverter.invert(features, seeds=seeds, told=told)  # type: ignore[call-arg]
 
     def _missing(self, features: Tensor, images: Tensor) -> Tensor:
         """What to add to what the inverter has been told, after a look at its images (N, 3, H, W)."""
         if self.lift is None:
             return self.gain * (features - self.backbone(images.float()))
-        seen = self.lift.backbone(images.float())
+        seen = self.lift.backbone.to(images.device)(images.float())
         return self.lift_gain * (self.lift.nearer(seen, features) - seen)
 
 

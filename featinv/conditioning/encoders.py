@@ -48,7 +48,8 @@ class Whitening(nn.Module):
         columns = features.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N H W, C)
         mean = columns.mean(0)
         centred = columns - mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+        # Of a covariance without full rank float32 may find eigenvectors that are NaN.
+        values, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
         values, vectors = values.flip(0), vectors.flip(1)
         keep = len(self.projection)
         scale = values[:keep].clamp(min=floor * float(values[0])).rsqrt()

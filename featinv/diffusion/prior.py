@@ -194,7 +194,7 @@ def _load_stable_diffusion(name: str) -> DiffusionPrior:
         [PROMPT, ""], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
     with torch.no_grad():
-        prompt, null = tower(ids).last_hidden_state.split(1)
+        prompt, null = tower(ids).last_hidden_state.float().split(1)  # some are stored in half precision
     first_stage = FirstStage(vae)
     size = unet.config.sample_size * first_stage.factor
     return DiffusionPrior(first_stage, unet, scheduler, {"prompt": prompt, "null": null}, size)

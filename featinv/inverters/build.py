@@ -147,17 +147,20 @@ def save_inverter(
     described: dict[str, Any],
     dtype: torch.dtype | None = None,
     note: dict[str, Any] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write trained weights (apply their average first) with what `about` returned; atomically.
 
     Args:
         path: A .safetensors file.
-        inverter: Its `trainable_state` is written.
+        inverter: Its `trainable_state` is written where no `state` is given.
         described: From `about`.
         dtype: Round floating-point tensors, torch.float16 for weights that are shipped.
         note: How it was trained: steps, images, figures.
+        state: Of an inverter whose own is split among processes.
     """
-    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in inverter.trainable_state().items()}
+    state = inverter.trainable_state() if state is None else state
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
     save_checkpoint(path, {"featinv": described, "state_dict": state, "note": note or {}})
 
 

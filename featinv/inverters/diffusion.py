@@ -248,7 +248,7 @@ class DiffusionInverter(nn.Module):
         if latents is None:
             assert images is not None
             with torch.no_grad():
-                latents = self.prior.first_stage.encode(images)
+                latents = self.prior.first_stage.encode(images).float()  # the schedule is rounded to their format
         loss = (regressed.float() - latents).square().mean()
         losses = {"loss": loss, "regression": loss.detach()}
         if embedding is not None:
@@ -283,7 +283,7 @@ class DiffusionInverter(nn.Module):
         if latents is None:
             assert images is not None
             with torch.no_grad():
-                latents = self.prior.first_stage.encode(images)
+                latents = self.prior.first_stage.encode(images).float()  # the schedule is rounded to their format
         noise, timesteps = self.loss.draw(latents, seeds)
         no_features, no_text = self.dropout.draw(seeds)
         embedding, regressed = self.encoder(features)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -22,7 +24,7 @@ from featinv.training.adversary import Adversary
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA
 from featinv.training.optimizers import FusedAdamW, cosine_schedule, match_layout
-from featinv.training.sharding import gathered, placed_as, shard, unshard
+from featinv.training.sharding import gathered, placed_as, shard
 from featinv.training.teacher import EmbeddingTeacher
 
 
@@ -154,6 +156,10 @@ class InversionModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Follow Lightning's device with what is no part of this module's tree."""
         self._backbone[0] = self.backbone.to(self.device)
+        if self.device_mesh is not None:
+            # Fitted by every process, whose rounding may differ; DDP sends them, `fully_shard` does not.
+            for buffer in self.inverter.buffers():  # type: ignore[attr-defined]
+                dist.broadcast(buffer, 0)
         if self.ema is not None:
             self.ema.follow()
         if self._adversary is not None:
@@ -176,7 +182,7 @@ class InversionModule(pl.LightningModule):
             self.log("train/consistency", distance.detach())
             if self._adversary is not None:
                 self.log("train/adversary", self._adversary.hinge)
-        if self._trainer is not None and self.trainer.world_size > 1 and self.device_mesh is None:
+        if self._trainer is not None and isinstance(self.trainer.strategy, DDPStrategy):
             # DDP waits for every gradient, also of what this step did not use.
             loss = loss + 0.0 * sum(p.sum() for p in self.inverter.trainable_parameters())
         scalars = {f"train/{k}": v.detach() for k, v in losses.items() if v.ndim == 0}
@@ -250,12 +256,15 @@ class InversionModule(pl.LightningModule):
         if self.ema is not None:
             self.ema.update()
 
-    def apply_average(self) -> None:
-        """Put the averaged weights in place of the last ones, whole in every process, for good; all must call it."""
+    def apply_average(self) -> dict[str, Tensor]:
+        """Put the averaged weights in place of the last ones, for good; all processes must call it.
+
+        Returns:
+            What a checkpoint holds, whole in the first process alone.
+        """
         if self.ema is not None:
             self.ema.copy_to_parameters()
-        assert isinstance(self.inverter, nn.Module)
-        unshard(self.inverter)
+        return gathered(self.inverter.trainable_state())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only: the prior and the backbone never change."""

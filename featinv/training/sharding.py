@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featinv.errors import UserError
@@ -84,13 +84,6 @@ def shard(inverter: Any, mesh: DeviceMesh) -> None:
     fully_shard(inverter, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for name in CALLS:
         register_fsdp_forward_method(inverter, name)
-
-
-def unshard(module: nn.Module) -> None:
-    """Give every process all weights, for good; every process must call it. Does nothing to unsharded modules."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
 
 
 def gathered(tree: Any) -> Any:
