@@ -257,9 +257,10 @@ def study_maximisation(backbone: Backbone, prior: DiffusionPrior, images: Tensor
     chosen = activity.std(0).topk(channels).indices.tolist()
     figures: dict[str, Any] = {}
     columns: dict[str, list[Tensor]] = {}
+    where: dict[str, Any] = {"size": prior.size, "steps": steps, "device": backbone.mean.device}
     kinds: dict[str, Callable[[Any], Tensor]] = {
-        "pixel": lambda o: maximise(o, [0], size=prior.size, steps=steps, parametrisation="pixel", learning_rate=0.02),
-        "fourier": lambda o: maximise(o, [0], size=prior.size, steps=steps),
+        "pixel": lambda o: maximise(o, [0], parametrisation="pixel", learning_rate=0.02, **where),
+        "fourier": lambda o: maximise(o, [0], **where),
         "prior alone": lambda o: maximise_with_prior(o, [0], prior, strength=0.0).images,
         "prior, guided": lambda o: maximise_with_prior(o, [0], prior).images,
     }

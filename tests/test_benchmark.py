@@ -1,6 +1,7 @@
 """The benchmark as a whole: reference rows, damaged pictures, other backbones, two processes, memory."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from eval.benchmark import Setting, contestants
 from featinv.backbones import Backbone, load_backbone
 from featinv.errors import UserError
 from featinv.image import load_png, save_png, to_uint8
+from featinv.inverters import retrieval
 from featinv.inverters.build import build_inverter
 from featinv.inverters.reconstruct import Reconstructions, is_whole, reconstruct
 from featinv.inverters.retrieval import RetrievalInverter
@@ -216,6 +218,28 @@ def test_retrieval_is_the_search_by_hand_and_finds_itself(backbone) -> None:
     assert few.index.shape[0] == 3 and few.invert(features, seeds=range(6)).shape == (6, 3, 16, 16)
     with pytest.raises(UserError, match="at least one"):
         RetrievalInverter(backbone, [])
+
+
+def test_an_index_that_memory_cannot_hold_is_refused_before_a_picture_is_read(monkeypatch, backbone) -> None:
+    class Unread(list):
+        def __getitem__(self, index):
+            pytest.fail("a picture was read")
+
+    row = 2 * backbone.spec.channels * backbone.spec.height * backbone.spec.width
+    monkeypatch.setattr(retrieval, "free_memory", lambda: 20 * row)
+    with pytest.raises(UserError, match=r"40 training images .* params\.retrieval=\{count: 16\}"):
+        RetrievalInverter(backbone, Unread(items(40)), size=32).nearest(backbone(images(1)))
+    assert len(RetrievalInverter(backbone, items(40), size=32, count=16).index) == 16
+
+
+def test_free_memory_is_what_the_system_says_and_no_more_than_a_process_s_share(monkeypatch) -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < retrieval.free_memory() <= total
+    monkeypatch.setattr(Path, "read_text", lambda _: "MemTotal: 9 kB\nMemAvailable:     7 kB\n")
+    assert retrieval.free_memory() == 7 * 1024
+    monkeypatch.setattr(Path, "read_text", lambda _: "")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each process keeps an index of its own
+    assert retrieval.free_memory() == total // 4
 
 
 def test_retrieval_searches_the_pictures_without_the_crops_and_flips_of_training(tmp_path, backbone) -> None:

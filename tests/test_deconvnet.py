@@ -48,6 +48,14 @@ def test_it_leaves_the_network_as_it_was() -> None:
     assert not any(m._backward_hooks or m._forward_hooks for m in backbone.modules())
 
 
+def test_images_come_to_the_network_and_the_result_goes_back_to_them() -> None:
+    net, seen = _Small().to("meta"), []
+    net.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].device.type))
+    with pytest.raises(NotImplementedError, match="out of meta"):  # there and back, if meta tensors had numbers
+        deconvnet(net, torch.rand(1, 3, 12, 12))
+    assert seen == ["meta"] and deconvnet(net, torch.rand(1, 3, 12, 12, device="meta")).device.type == "meta"
+
+
 def test_networks_without_pooling_get_a_clear_error() -> None:
     with pytest.raises(UserError, match="max-pooling"):
         deconvnet(load_backbone("vit_tiny_patch16_224", pretrained=False, input_size=32), torch.rand(1, 3, 32, 32))

@@ -18,6 +18,7 @@ from featinv.applications.matching import (
     split_name,
 )
 from featinv.applications.refine import _Search, refine
+from featinv.diffusion import objective_guidance
 from featinv.errors import UserError
 from featinv.metrics.features import feature_cosine
 
@@ -116,6 +117,55 @@ def test_a_picture_that_is_not_finite_is_left_as_it_is() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Search, "step", lambda *_: pytest.fail("there is nothing to move"))
         assert refine(Cells(), features[1:], start[1:], steps=5).images.isnan().all()
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_gradient_is_taken_of_so_many_pictures_and_every_row_moves_as_alone(monkeypatch, latent) -> None:
+    class Counting(Cells):
+        def forward(self, images):
+            asked["backbone"].append(len(images) if images.requires_grad else 0)
+            return super().forward(images)
+
+    class Quarters:
+        """A first stage whose arithmetic is the same for one picture and for several."""
+
+        def encode(self, images):
+            return torch.nn.functional.avg_pool2d(images, 2)
+
+        def decode(self, latents):
+            asked["decoder"].append(len(latents) if latents.requires_grad else 0)
+            return torch.nn.functional.interpolate(latents, scale_factor=2).sigmoid()
+
+    asked = {"backbone": [], "decoder": []}
+    features, start = torch.rand(5, 3, 8, 8), torch.rand(5, 3, SIZE, SIZE)
+    monkeypatch.setattr(objective_guidance, "GRADIENT_PIXELS", 2 * SIZE**2 + 1)
+    codec = Quarters() if latent else None
+    found = refine(Counting(), features, start, first_stage=codec, tolerance=1.0, steps=3, learning_rate=0.05)
+    assert [n for n in asked["backbone"] if n] == [2, 2, 1] * 3
+    assert [n for n in asked["decoder"] if n] == ([2, 2, 1] * 3 if latent else [])
+    for row in range(5):
+        wanted, original = features[row : row + 1], start[row : row + 1]
+        best, cosine = _by_hand(wanted, original, codec)
+        torch.testing.assert_close(found.images[row : row + 1], best, atol=1e-6, rtol=1e-6)
+        assert float(found.after[row]) == pytest.approx(cosine, abs=1e-6)
+
+
+def _by_hand(wanted, original, codec):
+    """The best of a picture and of where three of Adam's steps lead from it."""
+    free = (codec.encode(original) if codec else original.clone()).requires_grad_(True)
+    optimizer = torch.optim.Adam([free], lr=0.05)
+    best, highest = original, float(feature_cosine(wanted, Cells()(original)))
+    for step in range(4):
+        images = codec.decode(free) if codec else free
+        match = torch.cosine_similarity(Cells()(images).flatten(1), wanted.flatten(1))
+        if step and match.item() > highest:
+            best, highest = images.detach().clone(), match.item()
+        optimizer.zero_grad()
+        (1 - match).sum().backward()
+        optimizer.step()
+        if not codec:
+            free.data.clamp_(0, 1)
+    return best, highest
 
 
 def test_latents_are_moved_where_there_is_a_first_stage(inverter, backbone) -> None:

@@ -93,6 +93,20 @@ def test_a_picture_depends_on_its_own_seed_alone(net) -> None:
     assert torch.allclose(both[1:], maximise(objective, [2], size=32, steps=3), atol=1e-4)
 
 
+def test_it_starts_where_the_network_is(net) -> None:
+    seen = []
+
+    def objective(images):
+        seen.append(images.device.type)
+        return images.mean((1, 2, 3))
+
+    assert maximise(objective, [1, 2], size=32, steps=1, device="meta").device.type == "meta"
+    elsewhere = tiny_prior().to("meta")
+    assert maximise(objective, [1], steps=1, parametrisation="latent", prior=elsewhere).device.type == "meta"
+    assert maximise(objective, [1], size=32, steps=1).device.type == "cpu"
+    assert seen == ["meta", "meta", "cpu"]
+
+
 def test_mistakes_are_named(net) -> None:
     for call in (
         lambda: channel_objective(net, 512),

@@ -3,7 +3,8 @@ import torch
 from conftest import tiny_prior
 
 from featinv.attribution.prior_maximisation import maximise_with_prior
-from featinv.diffusion.objective_guidance import ObjectiveGuidance
+from featinv.diffusion import objective_guidance
+from featinv.diffusion.objective_guidance import ObjectiveGuidance, pictures_together
 from featinv.errors import UserError
 
 
@@ -46,6 +47,50 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted() -> None:
     moved = guidance.shift(model_pred, noisy, torch.tensor(500))
     assert guidance.skipped == 4 and moved.isfinite().all()
     assert torch.equal(moved[[0, 2]], model_pred[[0, 2]]) and not torch.equal(moved[1], model_pred[1])
+
+
+def test_a_gradient_is_taken_of_as_many_pictures_as_the_memory_allows(monkeypatch) -> None:
+    assert [pictures_together(side**2) for side in (64, 128, 256, 512, 2048)] == [64, 16, 4, 1, 1]
+    monkeypatch.setattr(objective_guidance, "GRADIENT_PIXELS", 2 * 32**2 + 1)
+    prior, asked = tiny_prior(), []
+    wanted, step = torch.rand(5, 3, 32, 32), 400
+    noisy, model_pred = torch.randn(2, 5, *prior.latent_shape)
+    decode = prior.first_stage.decode
+
+    def score(images, wanted):
+        asked.append(("objective", len(images)))
+        return -(images - wanted).square().mean((1, 2, 3)) / wanted[:, 0, 0, 0]
+
+    def counting(latents, clamp=True):
+        asked.append(("decoder", len(latents)))
+        return decode(latents, clamp)
+
+    monkeypatch.setattr(prior.first_stage, "decode", counting)
+    settings = {"strength": 0.3, "iterations": 2, "wanted": wanted}
+    guidance = ObjectiveGuidance(score, prior.first_stage, prior.scheduler, **settings)
+    moved = guidance.shift(model_pred, noisy, torch.tensor(step))
+    rows = [2, 2, 2, 2, 1, 1]  # both steps of some rows, then of the next
+    assert asked == [(what, n) for n in rows for what in ("decoder", "objective")]
+
+    alpha = prior.scheduler.alphas_cumprod[step]
+    for row in range(5):
+        clean = start = alpha.sqrt() * noisy[row : row + 1] - (1 - alpha).sqrt() * model_pred[row : row + 1]
+        for _ in range(2):
+            latents = clean.clone().requires_grad_(True)
+            score(decode(latents, False), wanted[row : row + 1]).sum().backward()
+            clean = clean + 0.3 * latents.grad / latents.grad.square().mean().sqrt()
+        by_hand = model_pred[row] - (clean - start)[0] / (1 - alpha).sqrt()
+        torch.testing.assert_close(moved[row], by_hand, atol=1e-6, rtol=1e-6)
+
+
+def test_an_objective_without_rows_of_its_own_sees_all_pictures_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(objective_guidance, "GRADIENT_PIXELS", 1)
+    prior, asked = tiny_prior(), []
+    guidance = ObjectiveGuidance(
+        lambda images: asked.append(len(images)) or _brightness(images), prior.first_stage, prior.scheduler
+    )
+    guidance.shift(torch.randn(3, *prior.latent_shape), torch.randn(3, *prior.latent_shape), torch.tensor(500))
+    assert asked == [3]
 
 
 def test_it_acts_in_its_interval_only() -> None:

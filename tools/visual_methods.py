@@ -157,6 +157,7 @@ def _maximisation(backbone: Backbone, image: Tensor, options: argparse.Namespace
             objective,
             [options.seed],
             size=image.shape[-1],
+            device=backbone.mean.device,
             steps=options.steps,
             callback=lambda step, images: bar.update() and None,
         )

@@ -63,9 +63,9 @@ class FeatureGuidedInverter:
 
     def invert(self, features: Tensor, *, seeds: Sequence[int]) -> Tensor:
         """Features (N, C, H, W) and N seeds -> images (N, 3, size, size) in [0, 1]."""
-        prior, wanted = self.prior, features.flatten(1)
+        prior = self.prior
 
-        def objective(images: Tensor) -> Tensor:
+        def objective(images: Tensor, wanted: Tensor) -> Tensor:
             return F.cosine_similarity(self.backbone(images).flatten(1), wanted)
 
         # A shallow copy shares every weight; only its guidance and sampler are other ones.
@@ -79,6 +79,7 @@ class FeatureGuidedInverter:
             self.iterations,
             self.interval,
             self.inverter.guidance,
+            wanted=features.flatten(1),
         )
         images = guided.invert(features, seeds=seeds)
         self.skipped += guidance.skipped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from featinv.applications.batches import Progress, encode
 from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
+from featinv.diffusion.objective_guidance import pictures_together
 from featinv.errors import UserError
 from featinv.inverters.parametrisations import parametrise
 from featinv.metrics.features import feature_cosine
@@ -148,6 +150,7 @@ class _Search:
         self.cosine = feature_cosine(features, encode(backbone, start).to(features))
         self.steps, self.skipped = (torch.zeros(len(start), dtype=torch.int64) for _ in range(2))
         self.number, self.moved = 0, torch.zeros_like(self.cosine, dtype=torch.bool)
+        self.together = pictures_together(start.shape[2:].numel())
 
     def done(self) -> bool:
         """Whether nothing is left to move: what has no number cannot be."""
@@ -155,11 +158,12 @@ class _Search:
 
     def step(self, number: int) -> None:
         """Look where the last step has led, then take the next; what has passed is not looked at again."""
-        rows = self._rows(self.cosine < self.tolerance)
-        with torch.enable_grad():
-            images, match = self._look(rows)
-            self.free.tensor.grad = torch.autograd.grad((1 - match).sum(), self.free.tensor)[0]
-        self._remember(rows, images.detach(), match.detach())
+        self.free.tensor.grad = torch.zeros_like(self.free.tensor)
+        for rows in self._parts(self.cosine < self.tolerance):
+            with torch.enable_grad():
+                images, match = self._look(rows)
+                self.free.tensor.grad += torch.autograd.grad((1 - match).sum(), self.free.tensor)[0]
+            self._remember(rows, images.detach(), match.detach())
         active = self.cosine < self.tolerance
         finite = self.free.tensor.grad.flatten(1).isfinite().all(1)
         self.skipped += (active & ~finite).cpu()
@@ -169,13 +173,13 @@ class _Search:
     @torch.no_grad()
     def finish(self) -> None:
         """Look where the last step has led."""
-        rows = self._rows(self.moved)
-        if len(rows):
+        for rows in self._parts(self.moved):
             self._remember(rows, *self._look(rows))
 
-    @staticmethod
-    def _rows(mask: Tensor) -> Tensor:
-        return mask.nonzero()[:, 0]
+    def _parts(self, mask: Tensor) -> Sequence[Tensor]:
+        """The chosen rows, as many at a time as the memory for their gradient allows."""
+        rows = mask.nonzero()[:, 0]
+        return rows.split(self.together) if len(rows) else ()
 
     def _look(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The pictures of some rows, which every parametrisation keeps in [0, 1], and their cosines."""

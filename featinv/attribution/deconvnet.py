@@ -27,7 +27,7 @@ def deconvnet(backbone: Backbone, images: Tensor, mask: Tensor | None = None) ->
             (see `featinv.inverters.masks`).
 
     Returns:
-        (N, 3, H, W), signed, at the images' own resolution.
+        (N, 3, H, W), signed, at the images' own resolution and on their device.
 
     Raises:
         UserError: If the network has no max-pooling or no ReLU layers, whose switches and rule the method needs.
@@ -35,7 +35,7 @@ def deconvnet(backbone: Backbone, images: Tensor, mask: Tensor | None = None) ->
     name = getattr(backbone, "name", type(backbone).__name__)
     if not any(isinstance(module, nn.MaxPool2d) for module in backbone.modules()):
         raise UserError(f"a DeconvNet follows the switches of max-pooling, and {name} has none; use another network.")
-    inputs = images.detach().clone().requires_grad_(True)
+    inputs = images.detach().clone().to(backbone.mean.device).requires_grad_(True)
     with replaced_rectifiers(backbone) as stand_ins, warnings.catch_warnings(), torch.enable_grad():
         if not stand_ins:
             raise UserError(f"a DeconvNet needs ReLU layers, and {name} has none; use another network.")
@@ -48,7 +48,7 @@ def deconvnet(backbone: Backbone, images: Tensor, mask: Tensor | None = None) ->
         finally:
             for handle in handles:
                 handle.remove()
-    return projected
+    return projected.to(images.device)
 
 
 def _rectify_signal(

@@ -69,6 +69,7 @@ def maximise(
     jitter: int = 8,
     scale: float = 0.1,
     callback: Callable[[int, Tensor], None] | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Gradient ascent on an objective (Erhan et al. 2009; Olah et al. 2017), one picture a seed.
 
@@ -84,15 +85,18 @@ def maximise(
         jitter: Shift by up to so many pixels at every step.
         scale: Resize by up to this share at every step.
         callback: Called as callback(step, images) after every step.
+        device: Where the objective's network is; None takes the prior's, without one the CPU.
 
     Returns:
-        Images (N, 3, size, size) in [0, 1].
+        Images (N, 3, size, size) in [0, 1], on that device.
 
     Raises:
         UserError: If the parametrisation is unknown or lacks its prior.
     """
     size = prior.size if prior is not None else size
-    start = (0.5 + 0.05 * seeded_noise(seeds, (3, size, size))).clamp(0, 1)
+    if device is None:
+        device = "cpu" if prior is None else prior.text["prompt"].device
+    start = (0.5 + 0.05 * seeded_noise(seeds, (3, size, size))).clamp(0, 1).to(device)
     free = parametrise(parametrisation, start, prior.first_stage if prior is not None else None)
     penalty = regulariser or Regulariser(tv_weight=0.05, l2_weight=0.05)
     optimizer = torch.optim.Adam([free.tensor], lr=learning_rate)

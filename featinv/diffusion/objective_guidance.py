@@ -17,6 +17,14 @@ from featinv.errors import UserError
 Objective = Callable[[Tensor], Tensor]
 """Images (N, 3, H, W) in [0, 1] (or whatever else is moved) -> a score (N,) to be raised."""
 
+GRADIENT_PIXELS = 4 * 256**2
+"""Pixels whose gradient is taken at a time; for it Stable Diffusion's decoder keeps 6 GB in float32."""
+
+
+def pictures_together(pixels: int) -> int:
+    """How many pictures of so many pixels have their gradient taken at a time, one at least."""
+    return max(1, GRADIENT_PIXELS // pixels)
+
 
 class ObjectiveGuidance:
     """Move each step's estimate of the clean latents uphill on an objective of the decoded picture.
@@ -28,7 +36,8 @@ class ObjectiveGuidance:
     is not finite stay as they are and are counted; so do rows without any gradient, uncounted.
 
     Args:
-        objective: Images -> scores; one row's score must not depend on the others.
+        objective: Images -> scores; one row's score must not depend on the others. Called as objective(images, wanted)
+            where `wanted` is given.
         first_stage: Decodes the estimate; frozen.
         scheduler: The schedule of the prior, and its kind of prediction.
         strength: Root mean square of one uphill step, in units of the latents' standard deviation.
@@ -36,6 +45,8 @@ class ObjectiveGuidance:
         interval: Noise levels where it acts, as fractions of the training timesteps. The least noisy steps are left
             to the prior, which then mends what the objective has put in against it.
         base: Guidance whose prediction is moved; None takes the conditional prediction.
+        wanted: What the objective compares each picture with, (N, ...). The objective then sees `pictures_together` and
+            their rows of it at a time, which bounds the memory; without, all pictures at once.
 
     Attributes:
         skipped: How many gradients of one image were not finite.
@@ -46,13 +57,14 @@ class ObjectiveGuidance:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Callable[..., Tensor],
         first_stage: FirstStage,
         scheduler: DDPMScheduler,
         strength: float = 0.1,
         iterations: int = 1,
         interval: Sequence[float] = (0.0, 1.0),
         base: Guidance | None = None,
+        wanted: Tensor | None = None,
     ):
         if strength < 0 or iterations < 1:
             raise UserError(f"guidance needs strength >= 0 and iterations >= 1, not {strength} and {iterations}.")
@@ -61,6 +73,7 @@ class ObjectiveGuidance:
         self.objective, self.first_stage, self.scheduler = objective, first_stage, scheduler
         self.strength, self.iterations, self.interval = strength, iterations, tuple(interval)
         self.base: Guidance = base or NoGuidance()
+        self.wanted = wanted
         self.skipped = 0
 
     def denoise(self, unet: ControlledUNet, noisy_latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
@@ -89,9 +102,16 @@ class ObjectiveGuidance:
         return model_pred - delta * ((1 if kind == "v_prediction" else float(alpha) ** 0.5) / float(1 - alpha) ** 0.5)
 
     def _uphill(self, clean: Tensor) -> Tensor:
+        if self.wanted is None:
+            return self._climbed(clean)
+        together = pictures_together(clean.shape[2:].numel() * self.first_stage.factor**2)
+        parts = zip(clean.split(together), self.wanted.split(together), strict=True)
+        return torch.cat([self._climbed(*part) for part in parts])
+
+    def _climbed(self, clean: Tensor, *wanted: Tensor) -> Tensor:
         # Not clamped while differentiating: a pixel out of range must be able to come back.
         def score(latents: Tensor) -> Tensor:
-            return self.objective(self.first_stage.decode(latents, clamp=False))
+            return self.objective(self.first_stage.decode(latents, clamp=False), *wanted)
 
         clean, skipped = climb(clean, score, self.strength, self.iterations)
         self.skipped += skipped

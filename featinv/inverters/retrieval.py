@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,19 @@ from tqdm import tqdm
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
 from featinv.image import resize
+from featinv.processes import torchrun_layout
 
 _BLOCK = 1024  # training images compared at a time
+
+
+def free_memory() -> int:
+    """Bytes that the system can still hand out (not known but on Linux), at most this process's share of its memory."""
+    share = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (torchrun_layout()[1] or 1)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return min(share, next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    except (OSError, StopIteration):
+        return share
 
 
 class RetrievalInverter:
@@ -48,7 +61,11 @@ class RetrievalInverter:
 
     @property
     def index(self) -> Tensor:
-        """Features of the training images, flattened, of length 1: (count, C H W), half precision."""
+        """Features of the training images, flattened, of length 1: (count, C H W), half precision.
+
+        Raises:
+            UserError: If it does not fit into the memory that is free.
+        """
         if self._index is None:
             self._index = self._computed_index()
         return self._index
@@ -56,7 +73,9 @@ class RetrievalInverter:
     @torch.no_grad()
     def _computed_index(self) -> Tensor:
         spec, device = self.backbone.spec, self.backbone.mean.device
-        index = torch.empty(self.count, spec.channels * spec.height * spec.width, dtype=torch.float16)
+        elements = spec.channels * spec.height * spec.width
+        self._check_memory(2 * elements)
+        index = torch.empty(self.count, elements, dtype=torch.float16)
         loader = DataLoader(
             Subset(self.dataset, range(self.count)),
             self.batch_size,
@@ -69,6 +88,16 @@ class RetrievalInverter:
             index[start : start + len(rows)] = rows
             start += len(rows)
         return index
+
+    def _check_memory(self, row: int) -> None:
+        """Refuse an index of `row` bytes an image that does not fit; the system would end the process hours later."""
+        free, size = free_memory(), self.count * row
+        if size > 0.9 * free:
+            fitting = int(0.8 * free / row)
+            raise UserError(
+                f"the index of {self.count} training images needs {size / 1e9:.1f} GB of memory and this process has "
+                f"{free / 1e9:.1f} GB free; set params.retrieval={{count: {fitting}}}."
+            )
 
     def nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (N,) of the nearest training images to features (N, C, H, W), and their cosines (N,)."""
