@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from featinv.applications.matching import MATCHING, matched, split_name
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, listed
+from featinv.config import CONFIG_ROOT, check_count, listed
 from featinv.data import load_part
 from featinv.data.folders import pictures
 from featinv.data.image_list import write_skipped
@@ -46,8 +46,7 @@ def chosen_images(config: DictConfig, trained: Trained, size: int, out: Path) ->
         UserError: If there is no such picture, or it cannot be read, or a number makes no sense.
     """
     for name in ("n", "per_class"):
-        if config[name] is not None and (not isinstance(config[name], int) or config[name] < 1):
-            raise UserError(f"{name} is a number of images, 1 or more, or null for all, not {config[name]}.")
+        check_count(name, config[name])
     if config.image is not None:
         dataset = pictures(config.image, size)
     else:

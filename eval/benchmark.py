@@ -30,7 +30,17 @@ from torch.utils.data import Dataset, Subset
 from featinv.applications.matching import MATCHING, matched, settings_of, split_name
 from featinv.backbones.base import Backbone
 from featinv.cli import parse_command_line
-from featinv.config import CONFIG_ROOT, instantiate, is_node, listed, load_config, load_group, nearest, resolve_target
+from featinv.config import (
+    CONFIG_ROOT,
+    check_count,
+    instantiate,
+    is_node,
+    listed,
+    load_config,
+    load_group,
+    nearest,
+    resolve_target,
+)
 from featinv.data import load_dataset, load_part
 from featinv.data.folders import ilsvrc_synsets
 from featinv.data.scenes import ScenesDataset
@@ -179,10 +189,8 @@ def chosen_data(config: DictConfig, setting: Setting) -> Subset[dict[str, Any]]:
         dataset = load_part(setting.config.data, "val")
         if dataset is None:
             raise UserError("the setting has no validation images; set data=FOLDER.")
-    n = config.n
-    if n is not None and (not isinstance(n, int) or n < 1):
-        raise UserError(f"n is a number of images, 1 or more, or null for all, not {n}.")
-    return Subset(dataset, range(len(dataset))[:n])  # type: ignore[arg-type]
+    check_count("n", config.n)
+    return Subset(dataset, range(len(dataset))[: config.n])  # type: ignore[arg-type]
 
 
 def has_class_labels(given: bool | None, dataset: Any) -> bool:

@@ -145,6 +145,12 @@ def listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | int | float) else list(value or [])
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise UserError if the value of a key is neither a number of images nor null."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise UserError(f"{name} is a number of images, 1 or more, or null for all, not {value}.")
+
+
 def all_keys(config: DictConfig) -> list[str]:
     """Dotted names of all leaves."""
     return list(_leaves(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]

@@ -58,10 +58,10 @@ def load_part(node: Mapping[str, Any], part: str) -> Any:
     module of another class than ours sets up what it will, and has its `train` or `val` taken.
 
     Returns:
-        A data set; None if there are no such images.
+        A data set; None if there are no validation images.
 
     Raises:
-        UserError: As `load_dataset`.
+        UserError: As `load_dataset`, or if there are no training images.
     """
     from featinv.config import check_params, instantiate, is_node, resolve_target
 
@@ -72,6 +72,8 @@ def load_part(node: Mapping[str, Any], part: str) -> Any:
     params = node.get("params") or {}
     check_params(resolve_target(_DATA_MODULE), list(params), "data.params")
     given = params.get(part)
+    if given is None and part == "train":
+        raise UserError("data.params.train is missing.")
     if is_node(given):
         return instantiate(given, where=f"data.params.{part}")
     return load_dataset(given) if isinstance(given, str) else given

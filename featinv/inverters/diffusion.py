@@ -248,7 +248,7 @@ class DiffusionInverter(nn.Module):
         if latents is None:
             assert images is not None
             with torch.no_grad():
-                latents = self.prior.first_stage.encode(images).float()  # the schedule is rounded to their format
+                latents = self.prior.first_stage.encode(images).float()
         loss = (regressed.float() - latents).square().mean()
         losses = {"loss": loss, "regression": loss.detach()}
         if embedding is not None:

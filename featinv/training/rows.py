@@ -75,8 +75,6 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
     """
     check_size(stated_size(config), module.inverter.size)
     dataset, settings = load_part(config.data, "train"), config.training
-    if dataset is None:
-        raise UserError("data.params.train is missing.")
     write_skipped(dataset, folder / "skipped.json")
     if isinstance(dataset, IterableDataset):
         return dataset
