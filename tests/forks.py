@@ -13,9 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import cloudpickle
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from featinv.processes import process_group
 
@@ -38,6 +40,27 @@ def in_a_process(work: Callable[[], None], exit_code: int = 0) -> None:
     _run(work, [{}], [exit_code])
 
 
+def under_torchrun(work: Callable[[], None], max_restarts: int) -> None:
+    """Let two processes work under torchrun's agent, which starts both again when one dies."""
+    # torch 2.15 hands restarted processes the addresses of dead ones, unless told to keep its stores apart.
+    with mock.patch.dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=2,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=max_restarts,
+            start_method=CONTEXT.get_start_method(),
+        )
+        elastic_launch(config, _relayed)(cloudpickle.dumps(work))
+
+
+def _relayed(parts: bytes) -> None:
+    torch.set_num_threads(1)
+    cloudpickle.loads(parts)()
+
+
 def run_command(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS` to its end, as subprocess.run would with its output captured."""
     with tempfile.TemporaryDirectory() as folder:
@@ -57,11 +80,16 @@ def _command(words: list[str], cwd: str, environment: dict[str, str], streams: l
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    run_here(words, cwd)
+
+
+def run_here(words: Sequence[str], cwd: str | Path) -> None:
+    """Become `python WORDS`."""
     os.chdir(cwd)
     module = words[0] == "-m"
     script, *arguments = words[module:]
     sys.argv = [script, *arguments]
-    sys.path.insert(0, cwd if module else str(Path(script).parent.resolve()))
+    sys.path.insert(0, str(cwd) if module else str(Path(script).parent.resolve()))
     if module:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:

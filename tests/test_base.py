@@ -1,12 +1,11 @@
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forks import in_a_process
 from omegaconf import OmegaConf
 
 from featinv.checkpoint import load_checkpoint, save_checkpoint
@@ -60,11 +59,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
 
 
 def test_a_folder_is_locked_for_one_process(tmp_path) -> None:
-    code = f"from featinv.files import run_lock\nwith run_lock({str(tmp_path)!r}): pass"
+    def enter() -> None:
+        with run_lock(tmp_path):
+            pass
+
+    def enter_in_vain() -> None:
+        with pytest.raises(UserError, match="another process"):
+            enter()
+
     with run_lock(tmp_path):
-        other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert other.returncode != 0 and "another process" in other.stderr
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+        in_a_process(enter_in_vain)
+    in_a_process(enter)
 
 
 def test_checkpoint_holds_nested_structures_and_never_code(tmp_path) -> None:

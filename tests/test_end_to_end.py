@@ -5,18 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import tiny_prior
-from forks import run_command
+from forks import in_a_process, run_command, run_here, under_torchrun
 
 from eval.benchmark import spelled_out
 from featinv.checkpoint import load_checkpoint
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT
+from featinv.inverters.build import load_inverter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,9 +144,9 @@ def test_benchmark_writes_the_documented_files(trained, tmp_path) -> None:
         "limits={optimisation: 5}",
         "n=8",
         "factor_images=40",
-        "params={refined: {steps: 4, tolerance: 1}}",
+        "params={optimisation: {steps: 20}, refined: {steps: 4, tolerance: 1}}",
     ]
-    done = _run_alone("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}")
+    done = _run("-m", "eval.benchmark", *words, "distribution_resamples=2", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "metrics.json").read_text())
     documented = {
@@ -187,20 +190,22 @@ def test_the_benchmark_of_an_experiment_is_that_of_its_run_and_baselines() -> No
     assert spelled_out(["n=8"]) == ["n=8"]
 
 
+def _die_after(path: Path) -> None:
+    while not path.is_file():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_path) -> None:
-    import time
-
-    from featinv.checkpoint import load_checkpoint
-
     words = ["train.py", f"experiment={experiment}", "training.max_steps=40", "training.checkpoint_every=5"]
     words += ["training.probe_every=1000", "training.precision=fp32"]
     cut = tmp_path / "cut"
-    process = subprocess.Popen([sys.executable, *words, f"out={cut}"], cwd=ROOT, env=_environment())
-    deadline = time.time() + 120
-    while not (cut / "last.safetensors").is_file() and time.time() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+
+    def killed() -> None:
+        threading.Thread(target=_die_after, args=[cut / "last.safetensors"], daemon=True).start()
+        run_here([*words, f"out={cut}"], ROOT)
+
+    in_a_process(killed, exit_code=-signal.SIGKILL)
     assert load_checkpoint(cut / "last.safetensors")["global_step"] < 40
     for out in (cut, tmp_path / "whole"):
         done = _run(*words, f"out={out}")
@@ -213,26 +218,19 @@ def test_a_run_killed_with_kill_9_goes_on_to_the_same_weights(experiment, tmp_pa
 
 
 def test_torchrun_starts_again_after_a_killed_process_and_trains_what_one_process_does(experiment, tmp_path) -> None:
-    import time
-
-    from featinv.inverters.build import load_inverter
-
     words = ["train.py", f"experiment={experiment}", "training.max_steps=40", "training.checkpoint_every=5"]
     words += ["training.probe_every=1000", "training.precision=fp32", "training.accelerator=cpu"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    command = [sys.executable, *launcher, *words, f"out={tmp_path / 'two'}"]
-    with open(tmp_path / "log", "w") as log:
-        # torch 2.15 hands restarted processes the addresses of dead ones, unless told to keep its stores apart.
-        apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=_environment() | apart, stderr=log)
-    deadline = time.time() + 600
-    while not (tmp_path / "two" / "last.safetensors").is_file() and time.time() < deadline:
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (second,) = (child for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
-    os.kill(int(second), signal.SIGKILL)
-    assert process.wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert "exitcode: -9" in (tmp_path / "log").read_text()
+    two = tmp_path / "two"
+
+    def work() -> None:
+        (two / "started").mkdir(parents=True, exist_ok=True)
+        (two / "started" / "-".join(os.environ[key] for key in ("RANK", "TORCHELASTIC_RESTART_COUNT"))).touch()
+        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            threading.Thread(target=_die_after, args=[two / "last.safetensors"], daemon=True).start()
+        run_here([*words, f"out={two}"], ROOT)
+
+    under_torchrun(work, max_restarts=1)
+    assert {path.name for path in (two / "started").iterdir()} == {"0-0", "1-0", "0-1", "1-1"}
     done = _run(*words, f"out={tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr[-3000:]
     features = torch.rand(2, 512, 2, 2)
@@ -245,6 +243,7 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     from featinv.image import load_png
 
     words = ["data.params.length=80", "validation.params.length=4", "unet.batch_size=8"]
+    words += ["unet.config.block_out_channels=[32, 32, 64]", "first_stage.vae.block_out_channels=[32]"]
     words += [f"{part}.module.params.max_steps=2" for part in ("first_stage", "unet")]
     words += [f"first_stage.{stage}.params.max_steps=2" for stage in ("finishing", "polish")]
     done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path}")
@@ -256,7 +255,7 @@ def test_train_prior_writes_a_prior_that_loads_and_draws(tmp_path) -> None:
     done = _run("-m", "tools.train_prior", "scenes64", *words, "size=65", f"out={tmp_path}")
     assert done.returncode == 2 and "size: 64 -> 65" in done.stderr and "--changed" in done.stderr
     words += [f"start={tmp_path / 'prior'}", "first_stage.module=null", "unet.module=null"]
-    done = _run("-m", "tools.train_prior", "scenes64", *words[:2], *words[4:], f"out={tmp_path / 'on'}")
+    done = _run("-m", "tools.train_prior", "scenes64", *words, f"out={tmp_path / 'on'}")
     assert done.returncode == 0, done.stderr[-3000:]
     on, pictures = load_prior(tmp_path / "on" / "prior"), torch.rand(2, 3, 64, 64)
     assert torch.equal(on.first_stage.encode(pictures), prior.first_stage.encode(pictures))

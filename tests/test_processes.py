@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tarfile
 import weakref
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_first_stage, tiny_prior
-from forks import in_two_processes
+from forks import in_a_process, in_two_processes
 from torch.utils.data import IterableDataset
 
 from featinv.checkpoint import load_checkpoint
@@ -321,8 +319,7 @@ def grows_in_huge_pages() -> None:
     reason="this system has no transparent huge pages",
 )
 def test_kept_memory_lies_in_huge_pages() -> None:
-    code = "import test_processes; test_processes.grows_in_huge_pages()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    in_a_process(grows_in_huge_pages)
 
 
 def test_objects_of_before_are_not_searched_for_garbage_within_a_block() -> None:
@@ -340,6 +337,4 @@ def test_objects_of_before_are_not_searched_for_garbage_within_a_block() -> None
 
 
 def test_kept_memory_is_not_faulted_in_again_and_can_be_returned() -> None:
-    # A new interpreter: other tests run commands in this process, which set the same.
-    code = "import test_processes; test_processes.keeps_and_returns_memory()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    in_a_process(keeps_and_returns_memory)  # other tests run commands in this one, which set the same
