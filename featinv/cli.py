@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from featinv.config import CONFIG_ROOT, is_node, load_config
 from featinv.errors import UserError
+from featinv.files import given_path
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def parse_command_line(
         argv: Instead of sys.argv[1:].
 
     Raises:
-        UserError: If a flag or a key is unknown, naming the nearest.
+        UserError: If a flag or a key is unknown, naming the nearest; if the folder in `out=` is empty.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     flags = {"help": "print this and the configuration that the other words make", **(flags or {})}
@@ -51,17 +53,28 @@ def parse_command_line(
     own = default.endswith(".yaml")  # a script's own file
     chosen = [] if own else [word.partition("=")[2] for word in words if word.startswith("experiment=")]
     words = [word for word in words if own or not word.startswith("experiment=")]
-    folders = [word.partition("=")[2] for word in words if word.startswith("out=")]
-    words = [word for word in words if not word.startswith("out=")]
-    name = chosen[-1] if chosen else default
+    words, out = split_out(words)
+    name = os.path.expanduser(chosen[-1]) if chosen else default
     config = load_config(name, words)
     if "--help" in given:
         chooser = "experiment" if not own else "setting" if "setting" in config else None
         print(_help(description, name, config, flags, chooser))
         raise SystemExit(0)
     _quieten()
-    out = Path(folders[-1]).expanduser() if folders else None  # the shell leaves the ~ in out=~/runs alone
     return CommandLine(config, Path(name).stem, out, frozenset(flag.removeprefix("--") for flag in given))
+
+
+def split_out(words: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Split a command line's words into those that set keys and the folder of the last `out=FOLDER`.
+
+    Raises:
+        UserError: If no folder stands there.
+    """
+    folders = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    if "" in folders:
+        raise UserError("out= names no folder; is a variable of the shell not set?")
+    rest = [word for word in words if not word.startswith("out=")]
+    return rest, given_path(folders[-1]) if folders else None
 
 
 def _help(description: str, name: str, config: DictConfig, flags: dict[str, str], chooser: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pickle
 import re
@@ -20,6 +21,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from featinv.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def given_path(name: str | Path) -> Path:
+    """The path that a user gave; the shell leaves the ~ in key=~/runs and in a YAML file alone.
+
+    Raises:
+        UserError: If it is empty, which would mean the current folder.
+    """
+    if not str(name):
+        raise UserError("a path is empty; is a variable of the shell not set?")
+    return Path(os.path.expanduser(name))
 
 
 @contextlib.contextmanager
@@ -93,7 +107,7 @@ def read_json(path: str | Path) -> Any:
         UserError: If it is missing or damaged.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(given_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; make it first.") from error
     except ValueError as error:
@@ -149,7 +163,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: If the file is missing, damaged, or holds objects that are no plain tensors.
     """
-    if str(path).endswith(".safetensors"):
+    path = given_path(path)
+    if path.suffix == ".safetensors":
         return load_safetensors(path)[0]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -171,6 +186,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def run_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder for one process; a dead process's lock is gone with it, and its unfinished files are removed.
 
+    Where the file system knows no locks (NFS without a lock daemon, Lustre mounted without flock), a warning says so.
+
     Args:
         folder: The folder.
         wait: Wait for another process to finish instead of giving up.
@@ -189,5 +206,7 @@ def run_lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"another process is working in {folder}; wait for it or choose another folder.") from error
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no second process that works in it", folder, error.strerror)
         _sweep(path.parent)
         yield

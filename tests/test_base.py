@@ -1,4 +1,5 @@
 import ast
+import errno
 import os
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from featinv.checkpoint import load_checkpoint, save_checkpoint
 from featinv.cli import parse_command_line
 from featinv.config import check_params, instantiate, listed, load_config, resolve_target
 from featinv.errors import UserError
-from featinv.files import atomic_write, load_safetensors, read_state, run_lock, write_text
+from featinv.files import atomic_write, load_safetensors, read_json, read_state, run_lock, write_text
 from featinv.image import load_png, make_grid, save_png, seeded_noise
+from tools import train_prior
 
 ROOT = Path(__file__).parents[1]
 BASE = ("errors", "config", "image", "checkpoint", "files", "processes")
@@ -201,8 +203,7 @@ def test_a_broken_experiment_is_named(tmp_path, content: str) -> None:
         load_config(path)
 
 
-def test_flags_are_checked_and_help_has_three_spellings(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_flags_are_checked_and_help_has_three_spellings(capsys) -> None:
     for word in ("-dry-run", "--dry_run", "-v"):
         with pytest.raises(UserError, match=f"unknown flag {word}"):
             parse_command_line("", "demo", {"dry-run": ""}, [word])
@@ -210,7 +211,44 @@ def test_flags_are_checked_and_help_has_three_spellings(monkeypatch, tmp_path, c
         with pytest.raises(SystemExit):
             parse_command_line("what it does", "demo", None, [word])
         assert "what it does" in capsys.readouterr().out
-    assert parse_command_line("", "demo", None, ["out=~/runs"]).out == tmp_path / "runs"
+
+
+def test_words_that_name_files_may_start_at_home(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("defaults: [experiment/demo]\ntraining: {max_steps: 7}\n")
+    command = parse_command_line("", "demo", None, ["experiment=~/mine.yaml", "out=~/runs"])
+    assert command.out == tmp_path / "runs" and command.config.training.max_steps == 7 and command.name == "mine"
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+    save_checkpoint(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    write_text(tmp_path / "a.json", "[1]")
+    assert list(read_state("~/a.pth")) == ["a"] and read_state("~/a.safetensors") and read_json("~/a.json") == [1]
+
+
+def test_an_empty_out_is_refused_and_home_is_no_folder_of_that_name(monkeypatch, tmp_path, capsys) -> None:
+    """`out=$NOWHERE` of a shell would otherwise be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="out= names no folder"):
+        parse_command_line("", "demo", None, ["out="])
+    for word, message in (("out=", "out= names no folder"), ("out=~/x", "cannot write into")):
+        (tmp_path / "home").write_text("a file, so that the run ends where it would begin")
+        monkeypatch.setattr("sys.argv", ["train_prior", "scenes64", word])
+        with pytest.raises(SystemExit, match="2"):
+            train_prior.main()
+        assert message in capsys.readouterr().err and os.listdir() == ["home"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog, number) -> None:
+    def flock(*_) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("featinv.files.fcntl.flock", flock)
+    for wait in (False, True):
+        caplog.clear()
+        with run_lock(tmp_path, wait):
+            write_text(tmp_path / "a.txt", "whole")
+        assert f"{tmp_path} cannot be locked ({os.strerror(number)})" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_into_is_named(tmp_path) -> None:

@@ -12,6 +12,7 @@ from diffusers import (
 
 from featinv.conditioning.dropout import ConditionDropout
 from featinv.conditioning.encoders import PooledEncoder, PublishedEncoder, SpatialEncoder, Whitening
+from featinv.config import CONFIG_ROOT, load_config
 from featinv.diffusion.clean import clean_latents
 from featinv.diffusion.controlled_unet import EstimateGate, unconditional
 from featinv.diffusion.first_stage import Finish, normalise_latents
@@ -20,6 +21,7 @@ from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.diffusion.samplers import SAMPLERS, make_stepper, sample
 from featinv.errors import UserError
+from tools.train_prior import check_start
 
 
 def test_untrained_branch_equals_the_prior_bit_for_bit(inverter) -> None:
@@ -59,6 +61,19 @@ def test_samplers_recover_a_point_mass() -> None:
         assert torch.allclose(sample(denoise, noise, scheduler, name, 10), x0, atol=2e-2), name
     with pytest.raises(UserError, match="unipc"):
         sample(denoise, noise, scheduler, "nope")
+
+
+def test_noise_is_not_predicted_where_there_is_nothing_else() -> None:
+    """Of zero terminal SNR; the first stage's hours must not go by before that is said."""
+    zero = {"rescale_betas_zero_snr": True, "beta_schedule": "scaled_linear"}
+    with pytest.raises(UserError, match="v_prediction"):
+        DiffusionLoss(DDPMScheduler(prediction_type="epsilon", **zero))
+    with pytest.raises(UserError, match="v_prediction"):
+        DiffusionLoss(DDPMScheduler(trained_betas=DDPMScheduler(**zero).betas.tolist()))
+    for path in sorted((CONFIG_ROOT / "prior").glob("*.yaml")):
+        check_start(load_config(path))
+        with pytest.raises(UserError, match="v_prediction"):
+            check_start(load_config(path, ["unet.scheduler.prediction_type=epsilon"]))
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

@@ -1,5 +1,6 @@
 """Checkpoints of the published code: names, sizes, outputs, refusals."""
 
+import itertools
 import pickle
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from featinv.diffusion.ldm import export_config, export_ldm, read_ldm
 from featinv.diffusion.ldm_config import read_settings
 from featinv.diffusion.ldm_text import clip_tower, prompt_embeddings, token_ids
 from featinv.diffusion.prior import PROMPT, DiffusionPrior, load_prior
-from featinv.diffusion.samplers import sample
+from featinv.diffusion.samplers import SAMPLERS, sample
 from featinv.errors import UserError
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.ldm import export_inverter, import_ldm, parity
@@ -64,9 +65,13 @@ def _inverter(prior, channels=12, hidden=32):
     return inverter.eval()
 
 
+def _yaml(path):
+    return path.with_suffix(".yaml")
+
+
 def _write(path, state, prior, half=False):
     torch.save({"state_dict": {k: v.half() if half else v for k, v in state.items()}}, path)
-    path.with_suffix(".yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(export_config(prior))))
+    _yaml(path).write_text(OmegaConf.to_yaml(OmegaConf.create(export_config(prior))))
     return path
 
 
@@ -185,6 +190,47 @@ def test_the_checkpoints_own_betas_win(tmp_path) -> None:
     again = load_prior(path)
     assert again.scheduler.config.num_train_timesteps == 500
     assert torch.allclose(again.scheduler.betas, torch.linspace(0.001, 0.02, 500))
+
+
+@pytest.mark.parametrize("told", ["by the betas", "by the YAML", "by CompVis' YAML"])
+def test_a_zero_snr_checkpoint_draws_what_its_network_says(tmp_path, told) -> None:
+    """Of a single picture x0 the exact velocity is known at every timestep, and every sampler must end there."""
+    prior, stable = _prior(heads=4), {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    zero = DDPMScheduler(**stable, rescale_betas_zero_snr=True)
+    state = {k: v for k, v in export_ldm(prior).items() if k != "betas"}
+    schedule = {"prediction_type": "v_prediction"} | ({"rescale_betas_zero_snr": True} if "YAML" in told else {})
+    path = _write(tmp_path / "a.ckpt", state | ({} if "YAML" in told else {"betas": zero.betas}), prior)
+    OmegaConf.save(OmegaConf.create({"schedule": schedule, "unet": {"num_heads": 4, "sample_size": 8}}), _yaml(path))
+    if told == "by CompVis' YAML":
+        text = OmegaConf.load(_compvis_yaml(_yaml(path)))
+        text.model.params |= {"parameterization": "v", "rescale_betas_zero_snr": True}
+        OmegaConf.save(text, _yaml(path))
+    scheduler = load_prior(path).scheduler
+    assert (
+        torch.allclose(scheduler.alphas_cumprod, zero.alphas_cumprod, atol=1e-6) and scheduler.alphas_cumprod[-1] == 0
+    )
+    x0, noise, alphas = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), zero.alphas_cumprod
+
+    def velocity(x, t):
+        a, s = alphas[round(float(t))].sqrt(), (1 - alphas[round(float(t))]).sqrt()
+        return a * (x - a * x0) / s - s * x0
+
+    for sampler, steps in itertools.product(SAMPLERS, (1, 2, 10)):
+        drawn = sample(velocity, noise, scheduler, sampler, steps)
+        # The LDM code's timesteps start below pure noise, which one or two steps do not make up for.
+        assert drawn.isfinite().all() and (sampler == "ddim_leading" or torch.allclose(drawn, x0, atol=2e-2)), sampler
+
+
+def test_zero_snr_goes_out_and_back_and_is_no_schedule_for_epsilon(tmp_path) -> None:
+    prior = _prior()
+    prior.scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    path = _write(tmp_path / "a.ckpt", export_ldm(prior), prior)
+    assert load_prior(path).scheduler.config.rescale_betas_zero_snr
+    text = OmegaConf.load(_yaml(path))
+    text.schedule.prediction_type = "epsilon"
+    OmegaConf.save(text, _yaml(path))
+    with pytest.raises(UserError, match="set prediction_type: v_prediction"):
+        import_ldm(path)
 
 
 def test_leading_ddim_is_the_formula_of_the_original_code() -> None:
@@ -403,3 +449,98 @@ def test_a_yaml_that_describes_no_model_is_refused(tmp_path, text, message) -> N
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_settings(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vae: {scale_factor: 0.13}", r"a\.yaml: vae\.scale_factor is unknown: did you mean scaling_factor"),
+        (
+            "schedule: {prediction_typ: v_prediction}",
+            "schedule.prediction_typ is unknown: did you mean prediction_type",
+        ),
+        ("unet: {num_attention_head: 4}", "unet.num_attention_head is unknown: did you mean num_attention_heads"),
+        ("text: {heads: 4}", "text.heads is unknown: valid: num_attention_heads"),
+        ("control: {feature_sise: 9}", "control.feature_sise is unknown: did you mean feature_size"),
+        ("unet: {sample_size: 8}\nsampling: {steps: 5}", "sampling is unknown"),
+        ("model: {params: {scale_facter: 0.13}}", r"model\.params\.scale_facter is unknown: did you mean scale_factor"),
+        (
+            "model: {params: {scaling_factor: 0.13}}",
+            "model.params.scaling_factor is unknown: did you mean scale_factor",
+        ),
+        ("model: {params: {prediction_type: v_prediction}}", "model.params.prediction_type is unknown: .*parameteri"),
+        ("model: {params: {parameterization: velocity}}", "parameterization is 'velocity': "),
+        (
+            "model: {params: {unet_config: {params: {num_head: 4}}}}",
+            "unet_config.params.num_head is unknown: .*num_heads",
+        ),
+        ("model: {params: {}}\ncontrol: {feature_sise: 9}", "control.feature_sise is unknown"),
+        (
+            "model: {params: {}}\nschedule: {ddim_steps: 9}",
+            "beside model only the section control is read, not schedule",
+        ),
+    ],
+)
+def test_a_key_that_would_not_be_read_is_named(tmp_path, text, message) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_settings(tmp_path / "a.yaml")
+
+
+# Keys of v1-inference.yaml, v2-inference-v.yaml, cldm_v15.yaml and of latent diffusion's training configurations, which
+# change nothing here; values are theirs where one is read.
+PUBLISHED = """
+model:
+  base_learning_rate: 1.0e-4
+  target: cldm.cldm.ControlLDM
+  params:
+    {linear_start: 0.00085, linear_end: 0.0120, num_timesteps_cond: 1, log_every_t: 200, timesteps: 1000,
+     first_stage_key: jpg, cond_stage_key: txt, control_key: hint, image_size: 64, channels: 4,
+     cond_stage_trainable: false, conditioning_key: crossattn, monitor: val/loss_simple_ema, scale_factor: 0.18215,
+     use_ema: false, only_mid_control: false, parameterization: v, scale_by_std: false, ckpt_path: null,
+     ignore_keys: [], load_only_unet: false, loss_type: l2, beta_schedule: linear, v_posterior: 0.0,
+     l_simple_weight: 1.0, original_elbo_weight: 0.0, given_betas: null, cosine_s: 8e-3, clip_denoised: false,
+     learn_logvar: false, logvar_init: 0.0, use_positional_encodings: false, concat_mode: true, sd_locked: true,
+     cond_stage_forward: null, make_it_fit: false, ucg_training: null, reset_ema: false, finetune_keys: null,
+     scheduler_config: {target: ldm.lr_scheduler.LambdaLinearScheduler, params: {warm_up_steps: [10000]}},
+     control_stage_config: {target: cldm.cldm.ControlNet, params: {hint_channels: 3, num_heads: 8}},
+     first_stage_config: {target: ldm.models.autoencoder.AutoencoderKL, params: {embed_dim: 4, monitor: val/rec_loss,
+       ddconfig: {double_z: true, z_channels: 4, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
+                  ch_mult: [1, 2, 4, 4], num_res_blocks: 2, attn_resolutions: [], dropout: 0.0},
+       lossconfig: {target: torch.nn.Identity}}},
+     cond_stage_config: {target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params: {freeze: true}},
+     unet_config: {target: cldm.cldm.ControlledUnetModel, params: {image_size: 32, in_channels: 4, out_channels: 4,
+       model_channels: 320, attention_resolutions: [4, 2, 1], num_res_blocks: 2, channel_mult: [1, 2, 4, 4],
+       num_head_channels: 64, num_heads: -1, num_heads_upsample: -1, use_spatial_transformer: true,
+       use_linear_in_transformer: true, transformer_depth: 1, context_dim: 768, use_checkpoint: true, legacy: false,
+       dropout: 0, conv_resample: true, dims: 2, num_classes: null, use_fp16: true, use_scale_shift_norm: false,
+       resblock_updown: false, use_new_attention_order: false, n_embed: null, disable_self_attentions: null,
+       num_attention_blocks: null, disable_middle_self_attn: false, adm_in_channels: null,
+       spatial_transformer_attn_type: softmax}}}
+data: {target: main.DataModuleFromConfig, params: {batch_size: 4, num_workers: 4, wrap: false}}
+lightning: {callbacks: {image_logger: {target: main.ImageLogger}}, trainer: {benchmark: true}}
+"""
+
+
+def test_keys_of_published_yamls_go_on_being_accepted(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text(PUBLISHED)
+    found = read_settings(tmp_path / "a.yaml")
+    assert (found.head_channels, found.sample_size, found.scaling_factor) == (64, 64, 0.18215)
+    assert found.schedule["prediction_type"] == "v_prediction" and found.schedule["beta_schedule"] == "scaled_linear"
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    (tmp_path / "b.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    assert read_settings(tmp_path / "b.yaml").steps == 50
+
+
+def test_the_tilde_is_the_home_folder_wherever_a_checkpoint_is_named(tmp_path, monkeypatch) -> None:
+    from tools import convert_checkpoint
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    prior = _prior()
+    _write(tmp_path / "a.ckpt", export_ldm(prior), prior)
+    monkeypatch.setattr("sys.argv", ["convert", "~/a.ckpt", "--config=~/a.yaml", "--out=~/folder"])
+    convert_checkpoint.main()
+    for name in ("~/a.ckpt", "~/folder"):
+        assert torch.equal(load_prior(name).unet.conv_in.weight, prior.unet.conv_in.weight)
+    assert import_ldm("~/a.ckpt", "~/a.yaml").size == prior.size and not Path("~").exists()

@@ -21,7 +21,7 @@ from featinv.config import instantiate, load_config
 from featinv.diffusion.ldm import LDM_SUFFIXES, export_config, export_ldm
 from featinv.diffusion.prior import load_prior
 from featinv.errors import UserError, exit_on_user_error
-from featinv.files import load_safetensors, save_safetensors, write_text
+from featinv.files import given_path, load_safetensors, save_safetensors, write_text
 from featinv.inverters.build import INVERTER_FILE, about, check_spec, load_inverter, save_inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.ldm import export_inverter, import_ldm, parity
@@ -78,12 +78,16 @@ def check(source: Path, config_path: Path | None, expected: Path) -> None:
 def main() -> None:
     """Read the command line, convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="an LDM checkpoint, a prior's folder or name, or a run's folder")
-    parser.add_argument("--config", type=Path, help="the LDM checkpoint's YAML, if it does not lie beside it")
+    parser.add_argument(
+        "source", type=given_path, help="an LDM checkpoint, a prior's folder or name, or a run's folder"
+    )
+    parser.add_argument("--config", type=given_path, help="the LDM checkpoint's YAML, if it does not lie beside it")
     parser.add_argument("--backbone", help="a name in configs/backbone: convert the branch, too")
-    parser.add_argument("--out", type=Path, help="a folder, or a .safetensors file to write an LDM checkpoint")
+    parser.add_argument("--out", type=given_path, help="a folder, or a .safetensors file to write an LDM checkpoint")
     parser.add_argument("--half", action="store_true", help="round the weights to half precision")
-    parser.add_argument("--check", type=Path, metavar="EXPECTED", help="a .safetensors file of inputs and outputs")
+    parser.add_argument(
+        "--check", type=given_path, metavar="EXPECTED", help="a .safetensors file of inputs and outputs"
+    )
     args = parser.parse_args()
     if (args.out is None) == (args.check is None):
         raise UserError("say either where to write (--out) or what to compare with (--check).")

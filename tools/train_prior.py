@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
 from featinv.checkpoint import read_header
+from featinv.cli import split_out
 from featinv.config import CONFIG_ROOT, instantiate, load_config
 from featinv.data.memory import InMemoryImages
 from featinv.diffusion.controlled_unet import unconditional
 from featinv.diffusion.first_stage import Finish, FirstStage, normalise_latents
+from featinv.diffusion.loss import DiffusionLoss
 from featinv.diffusion.prior import DiffusionPrior, load_prior
 from featinv.diffusion.samplers import sample
 from featinv.errors import UserError, exit_on_user_error
@@ -106,10 +108,16 @@ def new_first_stage(config: DictConfig, images: Tensor) -> FirstStage:
 
 
 def check_start(config: DictConfig) -> None:
-    """Raise UserError if a part is neither trained nor that of another prior."""
+    """Raise UserError if a part is neither trained nor that of another prior, or the schedule cannot be trained on."""
     for part in ("first_stage", "unet"):
         if not config[part].get("module") and not config.get("start"):
             raise UserError(f"without {part}.module it must be another prior's: name that one in `start`.")
+    if config.unet.get("module"):
+        DiffusionLoss(_schedule(config))  # which would refuse it only after the first stage's hours
+
+
+def _schedule(config: DictConfig) -> DDPMScheduler:
+    return DDPMScheduler(**_plain(config.unet.scheduler))
 
 
 def copy_weights(part: nn.Module, other: nn.Module, name: str) -> None:
@@ -177,8 +185,7 @@ def train_unet(config: DictConfig, first_stage: FirstStage, images: InMemoryImag
         copy_weights(unet, load_prior(config.start).unet, "unet")
     # Scenes have no captions: one token of zeros stands for every prompt.
     text = {name: torch.zeros(1, 1, unet.config.cross_attention_dim) for name in ("prompt", "null")}
-    scheduler = DDPMScheduler(**_plain(config.unet.scheduler))
-    prior = DiffusionPrior(first_stage, unet, scheduler, text, config.size)
+    prior = DiffusionPrior(first_stage, unet, _schedule(config), text, config.size)
     module = instantiate(config.unet.module, where="unet.module", prior=prior)
     latents = Latents(first_stage, images)
     fit(module, latents, out / "unet", max_steps=module.max_steps, batch_size=config.unet.batch_size)  # type: ignore[arg-type]
@@ -218,14 +225,13 @@ def main() -> None:
     parser.add_argument("--changed", action="store_true", help="go on with a run that was begun with other settings")
     arguments = parser.parse_intermixed_args()  # --changed may stand anywhere
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    overrides = [word for word in arguments.overrides if not word.startswith("out=")]
-    chosen = [word[4:] for word in arguments.overrides if word.startswith("out=")]
+    overrides, chosen = split_out(arguments.overrides)
     path = CONFIG_ROOT / "prior" / f"{arguments.prior}.yaml"
     if not path.is_file() and not Path(arguments.prior).is_file():
         raise UserError(f"no prior {arguments.prior!r} in configs/prior; there are: {names}.")
     config = load_config(path if path.is_file() else arguments.prior, overrides)
     check_start(config)
-    out = Path(chosen[-1] if chosen else f"runs/prior_{Path(arguments.prior).stem}")
+    out = chosen or Path(f"runs/prior_{Path(arguments.prior).stem}")
     pl.seed_everything(0)
     with hold_run(out):
         keep_config(config, out, arguments.changed, [*STAGES.values(), "unet"])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.ldm_config import (
+    SCHEDULE_KEYS,
     LdmSettings,
     check_stated,
     found_sizes,
@@ -38,7 +39,7 @@ from featinv.diffusion.ldm_keys import (
 from featinv.diffusion.ldm_text import prompt_embeddings
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
-from featinv.files import read_state
+from featinv.files import given_path, read_state
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def read_ldm(path: str | Path, config_path: str | Path | None = None) -> LdmChec
     Raises:
         UserError: If a file is missing, damaged, of another kind, or holds more than tensors.
     """
-    path = Path(path)
+    path = given_path(path)
     state = read_state(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}  # type: ignore[assignment]
     if not any(name.startswith(UNET) for name in state):
@@ -214,7 +215,6 @@ def _exported(state: dict[str, Tensor], table: Table, prefix: str) -> dict[str, 
 def export_config(prior: DiffusionPrior) -> dict[str, Any]:
     """The short YAML's content for `export_ldm`: what the tensors' shapes do not tell."""
     unet, vae, schedule = prior.unet.config, prior.first_stage.vae.config, prior.scheduler.config
-    names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
     heads = unet.num_attention_heads or unet.attention_head_dim
     return {
         "unet": {
@@ -222,5 +222,5 @@ def export_config(prior: DiffusionPrior) -> dict[str, Any]:
             "sample_size": prior.latent_shape[1],
         },
         "vae": {"scaling_factor": float(vae.scaling_factor)},
-        "schedule": {name: schedule[name] for name in names},
+        "schedule": {name: schedule[name] for name in SCHEDULE_KEYS},
     }

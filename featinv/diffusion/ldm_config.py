@@ -7,7 +7,8 @@ sections `unet`, `control`, `vae`, `schedule` and `text`, as docs/checkpoints.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,38 @@ from diffusers import DDPMScheduler
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from featinv.config import nearest
 from featinv.diffusion.ldm_keys import Levels
 from featinv.errors import UserError
-from featinv.files import first_line
+from featinv.files import first_line, given_path
 
 State = Mapping[str, Tensor]
 SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """Stable Diffusion's."""
-SECTIONS = ("unet", "control", "vae", "schedule", "text")
-"""Of a short YAML."""
+SCHEDULE_KEYS = [*SCHEDULE, "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr"]
+SECTIONS = {
+    "unet": ["num_attention_heads", "num_heads", "attention_head_dim", "num_head_channels", "sample_size"],
+    "control": ["feature_channels", "feature_size"],
+    "vae": ["scaling_factor"],
+    "schedule": [*SCHEDULE_KEYS, "ddim_steps", "guidance_scale"],
+    "text": ["num_attention_heads"],
+}
+"""Of a short YAML, with the keys that are read."""
+_SIZES = ["in_channels", "out_channels", "block_out_channels", "layers_per_block", "num_res_blocks"]
+_SIZES += ["down_block_types", "up_block_types"]
+_NEEDLESS = {
+    "unet": [*_SIZES, "model_channels", "channel_mult", "cross_attention_dim", "context_dim", "attention_resolutions"]
+    + ["transformer_depth", "transformer_layers_per_block", "use_linear_projection", "use_linear_in_transformer"],
+    "control": ["hidden_channels"],
+    "vae": [*_SIZES, "ch", "ch_mult", "out_ch", "latent_channels", "z_channels", "embed_dim", "attn_resolutions"],
+    "schedule": ["eta"],  # samplers draw no noise here
+    "text": [],
+}
+"""Keys that it may have, too: shapes tell what they say, and `check_stated` compares some of it."""
+_PARAMS = ["image_size", "scale_factor", "beta_schedule", "linear_start", "linear_end", "timesteps", "parameterization"]
+_PARAMS += ["rescale_betas_zero_snr", "unet_config"]
+_UNET_PARAMS = ["image_size", "num_heads", "num_head_channels"]
+"""What is read of CompVis' `model.params` and of its `unet_config.params`, beside sizes."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +87,13 @@ def read_settings(path: str | Path | None) -> LdmSettings:
     """Read a YAML of either kind; None gives the defaults.
 
     Raises:
-        UserError: If the file is missing or of neither kind, or one of its sections is not a mapping.
+        UserError: If the file is missing or of neither kind, one of its sections is not a mapping, or a key is unknown:
+            in a short YAML any, naming the nearest; in CompVis', which is full of what is not ours, one that looks like
+            a key that is read.
     """
     if path is None:
         return LdmSettings()
+    path = given_path(path)
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError as error:
@@ -83,20 +110,40 @@ def read_settings(path: str | Path | None) -> LdmSettings:
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise UserError(f"the section {name} of {path} must be a mapping, not {section!r}.")
-    found = _compvis(sections["model"], sections.get("control", {})) if "model" in sections else _short(sections)
+    try:
+        if "model" not in sections:
+            _refuse_unknown(plain, list(SECTIONS))
+        found = _compvis(sections) if "model" in sections else _short(sections)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return LdmSettings(**{name: value for name, value in found.items() if value is not None})
 
 
+def _refuse_unknown(section: Mapping[Any, Any], keys: Sequence[str], where: str = "") -> None:
+    for key in map(str, section):
+        if key not in keys:
+            raise UserError(f"{where}{key} is unknown: {nearest(key, keys)}")
+
+
+def _refuse_misspelt(section: Mapping[Any, Any], keys: Sequence[str], where: str) -> None:
+    """Of a section that holds keys of others, refuse those that are nearly ours or that a short YAML has for ours."""
+    of_short = {*SECTIONS["unet"], *SECTIONS["vae"], *SCHEDULE_KEYS}
+    for key in map(str, section):
+        if key not in keys and (key in of_short or difflib.get_close_matches(key, keys, 1, cutoff=0.8)):
+            raise UserError(f"{where}.{key} is unknown: {nearest(key, keys)}")
+
+
 def _short(config: dict[str, Any]) -> dict[str, Any]:
+    for name, section in config.items():
+        _refuse_unknown(section, SECTIONS[name] + _NEEDLESS[name], f"{name}.")
     unet, control, vae, schedule, text = (config.get(name, {}) for name in SECTIONS)
     heads = unet.get("num_attention_heads") or unet.get("num_heads") or unet.get("attention_head_dim")
-    names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
     return {
         "heads": tuple(heads) if isinstance(heads, list) else heads,
         "head_channels": unet.get("num_head_channels"),
         "sample_size": unet.get("sample_size"),
         "scaling_factor": vae.get("scaling_factor"),
-        "schedule": SCHEDULE | {name: schedule[name] for name in names if schedule.get(name) is not None},
+        "schedule": SCHEDULE | {name: schedule[name] for name in SCHEDULE_KEYS if schedule.get(name) is not None},
         **_control(control),
         "steps": schedule.get("ddim_steps"),
         "guidance_scale": schedule.get("guidance_scale"),
@@ -115,13 +162,17 @@ def _stated(unet: dict[str, Any], vae: dict[str, Any], control: dict[str, Any]) 
     return {f"{part}'s {name}": value for part, section in parts for name, value in section.items()}
 
 
-def _compvis(model: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
-    params = model.get("params") or {}
+def _compvis(config: dict[str, Any]) -> dict[str, Any]:
+    params = config["model"].get("params") or {}
     unet = (params.get("unet_config") or {}).get("params") or {}
+    control = config.get("control", {})
+    _check_compvis(config, params, unet, control)
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
     # The LDM code's "linear" is linear in the square root of beta, its "sqrt_linear" is linear in beta.
     betas = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
     kinds = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+    if (kind := params.get("parameterization") or "eps") not in kinds:
+        raise UserError(f"model.params.parameterization is {kind!r}: {nearest(str(kind), list(kinds))}")
     heads, head_channels = unet.get("num_heads", -1), unet.get("num_head_channels", -1)
     image_size = params.get("image_size") or unet.get("image_size")
     return {
@@ -134,11 +185,25 @@ def _compvis(model: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
             "beta_start": params.get("linear_start", 1e-4),
             "beta_end": params.get("linear_end", 2e-2),
             "num_train_timesteps": params.get("timesteps", 1000),
-            "prediction_type": kinds.get(params.get("parameterization", "eps")),
+            "prediction_type": kinds[kind],
+            "rescale_betas_zero_snr": params.get("rescale_betas_zero_snr"),
         },
         **_control(control),
         "stated": _stated(unet, first_stage.get("ddconfig") or {}, control),
     }
+
+
+def _check_compvis(
+    config: Mapping[str, Any], params: Mapping[str, Any], unet: Mapping[str, Any], control: Mapping[str, Any]
+) -> None:
+    if ignored := sorted(set(config) - {"model", "control"}):
+        raise UserError(
+            f"beside model only the section control is read, not {ignored[0]}: leave it out, or write a short YAML, "
+            "without model."
+        )
+    _refuse_unknown(control, SECTIONS["control"] + _NEEDLESS["control"], "control.")
+    _refuse_misspelt(params, _PARAMS, "model.params")
+    _refuse_misspelt(unet, _UNET_PARAMS, "model.params.unet_config.params")
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

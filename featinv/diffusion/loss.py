@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from featinv.diffusion.clean import clean_latents
+from featinv.diffusion.samplers import ends_in_noise
 from featinv.errors import UserError
 from featinv.image import seeded_noise
 
@@ -26,11 +27,19 @@ class DiffusionLoss:
     Args:
         scheduler: Owns betas, number of timesteps and the kind of prediction.
         snr_gamma: Gamma, or None for the plain loss.
+
+    Raises:
+        UserError: If another kind is predicted, or noise although the schedule ends in nothing else.
     """
 
     def __init__(self, scheduler: DDPMScheduler, snr_gamma: float | None = 5.0):
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"prediction type {scheduler.config.prediction_type!r} is not epsilon or v_prediction.")
+        if scheduler.config.prediction_type == "epsilon" and ends_in_noise(scheduler):
+            raise UserError(
+                "the schedule's betas have zero terminal SNR: at its last timestep the noise is all there is, and its "
+                "prediction says nothing of the picture; set prediction_type: v_prediction."
+            )
         self.scheduler, self.snr_gamma = scheduler, snr_gamma
 
     def draw(self, latents: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:

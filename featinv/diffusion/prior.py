@@ -14,7 +14,7 @@ from featinv.diffusion.attention import attend_by_size
 from featinv.diffusion.convolution import convolve_by_size
 from featinv.diffusion.first_stage import Finish, FirstStage
 from featinv.errors import UserError
-from featinv.files import first_line, load_safetensors, save_safetensors, write_json
+from featinv.files import first_line, given_path, load_safetensors, save_safetensors, write_json
 
 WEIGHTS_ROOT = Path(__file__).resolve().parents[1] / "weights"
 PROMPT = "a high-quality, detailed, and professional image"
@@ -134,7 +134,7 @@ def load_prior(name_or_path: str | Path, config_path: str | Path | None = None) 
 
         return random_prior(str(name_or_path).removeprefix(RANDOM))
     path = WEIGHTS_ROOT / str(name_or_path)
-    path = path if (path / "prior.json").is_file() else Path(name_or_path)
+    path = path if (path / "prior.json").is_file() else given_path(name_or_path)
     if (path / "prior.json").is_file():
         return _load_own(path)
     if path.is_file():
@@ -143,7 +143,7 @@ def load_prior(name_or_path: str | Path, config_path: str | Path | None = None) 
         return ldm_prior(read_ldm(path, config_path))
     if path.is_dir() and not (path / "unet").is_dir():
         raise UserError(f"{path} is no prior: it has neither prior.json nor a unet folder.")
-    return _load_stable_diffusion(str(name_or_path))
+    return _load_stable_diffusion(str(path if path.is_dir() else name_or_path))
 
 
 def _load_own(path: Path) -> DiffusionPrior:

@@ -83,6 +83,12 @@ def sample(
     return latents
 
 
+def ends_in_noise(scheduler: DDPMScheduler) -> bool:
+    """Whether no signal is left at the last timestep: betas of zero terminal SNR."""
+    last = scheduler.alphas_cumprod[-1]
+    return not last.is_meta and float(last) == 0  # a dry run's schedule has no values
+
+
 def make_stepper(scheduler: DDPMScheduler, sampler: str, num_inference_steps: int) -> Any:
     """Return diffusers' scheduler of that sampler, with exactly so many timesteps.
 
@@ -104,8 +110,10 @@ def make_stepper(scheduler: DDPMScheduler, sampler: str, num_inference_steps: in
     if not 1 <= num_inference_steps <= most:
         raise UserError(f"{num_inference_steps} steps of {sampler}: must be 1 to {most}.")
     kind, extra = SAMPLERS[sampler]
-    # Trailing timesteps start at pure noise, as sampling does (Lin et al. 2023, arXiv 2305.08891, section 3.3).
-    stepper = kind.from_config(scheduler.config, **{"timestep_spacing": "trailing", **extra})
+    # Trailing timesteps start at pure noise, as sampling does (Lin et al. 2023, arXiv 2305.08891, section 3.3). If the
+    # schedule ends in it, too, diffusers must be told, or its first sigma is infinite; such betas stay what they are.
+    own = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": ends_in_noise(scheduler)}
+    stepper = kind.from_config(scheduler.config, **{**own, **extra})
     stepper.set_timesteps(num_inference_steps)
     # diffusers counts down in floats, which for some numbers (61 of 1000) gives one more, at timestep -1. Any other
     # surplus is a second evaluation of some steps (Heun, PNDM), and a cut would stop it midway.
