@@ -28,6 +28,7 @@ from featinv.training.precision import hasten
 from featinv.training.probe import FeatureProbe
 from featinv.training.rows import held_out_images, keep_config, on_device, prepare, start_from, training_rows
 from featinv.training.runner import fit, hold_run
+from featinv.training.settings import check_settings
 from featinv.training.summary import describe
 
 
@@ -39,7 +40,11 @@ def train(config: DictConfig, out: Path, dry_run: bool = False, changed: bool = 
         out: The run's folder.
         dry_run: Build everything without weights, print parts, memory and time, and stop (`featinv.training.plan`).
         changed: Go on with a run that was begun with another configuration.
+
+    Raises:
+        UserError: If a setting cannot work, or parts do not fit each other.
     """
+    check_settings(config.training)
     if dry_run:
         for line in plan(config):
             print(line, flush=True)
@@ -62,6 +67,7 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
         seed=settings.seed,
         described=about(config, inverter, backbone.spec),
     )
+    hasten(inverter, settings)
     print(describe(config, module))
     keep_config(config, out, changed)
     probe_images = held_out_images(config, settings.probe_images)
@@ -69,7 +75,6 @@ def _train(config: DictConfig, out: Path, changed: bool) -> None:
         dataset = training_rows(config, module, out)
         prepare(module, dataset, settings.prepare_images, out)
     start_from(module, settings.get("start"), out)
-    hasten(inverter, settings)
     probe = FeatureProbe(probe_images, backbone, out, settings.probe_every, settings.batch_size * settings.accumulate)
     fit(
         module,

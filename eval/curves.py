@@ -23,6 +23,7 @@ from featinv.applications.matching import split_name
 from featinv.cli import parse_command_line
 from featinv.config import CONFIG_ROOT, listed
 from featinv.errors import UserError, exit_on_user_error
+from featinv.files import given_path
 from featinv.inverters.build import find_inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.metrics.benchmark import Contestant
@@ -78,7 +79,7 @@ def measure_steps(config: DictConfig, out: Path) -> dict[str, Any]:
 
 def log_of(name: str) -> Path:
     """The probe log of a run's folder, a .jsonl file or a bundled inverter."""
-    path = Path(name)
+    path = given_path(name)
     if path.suffix == ".jsonl" or path.is_dir():
         return path / "probe.jsonl" if path.is_dir() else path
     return find_inverter(split_name(name)[0]).with_suffix(".jsonl")

@@ -47,7 +47,7 @@ from eval.speed_ways import (
 from featinv.diffusion.architectures import ARCHITECTURES
 from featinv.diffusion.convolution import convolve_plainly
 from featinv.errors import UserError, exit_on_user_error
-from featinv.files import write_json
+from featinv.files import given_path, write_json
 from featinv.processes import keep_freed_memory, settled_objects
 from featinv.training.costs import matmul_peak, peak_memory, reset_peak_memory
 from featinv.training.precision import draw_in, fast_bfloat16, hasten
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["training", "sampling"], help="leave the other out")
     parser.add_argument("--recompute", action="store_true", help="also the reference with recomputed activations")
     parser.add_argument("--compile", action="store_true", help="torch.compile our networks")
-    parser.add_argument("--out", type=Path, default=Path("runs/speed"))
+    parser.add_argument("--out", type=given_path, default=Path("runs/speed"))
     args = parser.parse_args()
     print(f"{'':22s}{'images/s':>10s}{'ratio':>8s}{'of peak':>9s}{'memory':>10s}")
     found: dict[str, Figures] = {}

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import save_tiny, tiny_config, tiny_first_stage, tiny_prior
 from omegaconf import OmegaConf
 from test_training import _module
@@ -16,11 +17,12 @@ from featinv.errors import UserError
 from featinv.inverters.build import load_trained
 from featinv.inverters.upconv import UpconvInverter
 from featinv.training.adversary import Adversary
-from featinv.training.consistency import SampleConsistency
+from featinv.training.consistency import EstimateConsistency, SampleConsistency
 from featinv.training.precision import draw_in, fast_bfloat16, hasten
 from featinv.training.prior_modules import FirstStageModule
 from featinv.training.probe import FeatureProbe
 from featinv.training.runner import fit
+from featinv.training.teacher import EmbeddingTeacher
 
 
 def _trained(folder, backbone):
@@ -158,3 +160,39 @@ def test_images_are_encoded_into_latents_of_full_precision_under_autocast(prior,
         found = inverter.training_losses(images, features, seeds=[0, 1])
     # The noise schedule is computed in the latents' format, and in bfloat16 adds nothing at its first steps.
     assert found["latents"].dtype == torch.float32
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(1 - F.cosine_similarity(found.flatten(1), wanted.flatten(1)).mean())
+
+
+def test_features_are_those_of_float32_under_autocast(backbone) -> None:
+    module, images, seeds = _module(backbone), torch.rand(3, 3, 32, 32), [1, 2, 3]
+    exact = backbone(images)
+    decoder = UpconvInverter(backbone.spec, 32, backbone, components=16, width=16, feature_weight=1.0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert not torch.equal(backbone(images).float(), exact)
+        features = module.features_of({"image": images})
+        losses = module.inverter.training_losses(images, features, seeds=seeds)
+        estimated = module.inverter.prior.first_stage.decode(losses["estimate"])
+        judged = EstimateConsistency(rows=3, max_timestep=1.0)(module.inverter, backbone, losses, features, seeds)
+        drawn = decoder(features).clamp(0, 1)
+        feature_term = decoder.training_losses(images, features, seeds=seeds)["feature"]
+    assert torch.equal(features, exact)
+    assert float(judged) == pytest.approx(_distance(backbone(estimated), exact), abs=1e-6)
+    assert float(feature_term) == pytest.approx(_distance(backbone(drawn), exact), abs=1e-6)
+
+
+def test_what_teaches_and_draws_in_training_sees_features_of_float32_under_autocast(tmp_path, backbone) -> None:
+    _trained(tmp_path, backbone)
+    images, seen = torch.rand(2, 3, 32, 32), []
+    teacher = EmbeddingTeacher(tmp_path / "run")
+    stage = load_trained(tmp_path / "run").inverter.prior.first_stage
+    drawer = FirstStageModule(stage, backbone, drawn_by=str(tmp_path / "run"))._drawer[0]
+    encoder, draw = teacher.encoder.forward, drawer.inverter.draw
+    teacher.encoder.forward = lambda features: seen.append(features) or encoder(features)
+    drawer.inverter.draw = lambda features, seeds: seen.append(features) or draw(features, seeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher(images)
+        drawer(images, [1, 2])
+    assert torch.equal(seen[0], teacher.backbone(images)) and torch.equal(seen[1], drawer.backbone(images))

@@ -38,7 +38,7 @@ from featinv.backbones import Backbone, load_backbone
 from featinv.conditioning.masking import mean_feature
 from featinv.config import nearest
 from featinv.errors import UserError, exit_on_user_error
-from featinv.files import write_json
+from featinv.files import given_path, write_json
 from featinv.image import make_grid, resize, save_png
 from featinv.inverters.base import Inverter
 from featinv.inverters.diffusion import DiffusionInverter
@@ -246,7 +246,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n", type=int, default=1, help="pictures")
     add("--other", default=None, help="the second picture of a composite")
     add("--other-scene", default=None, help="the same, a rendered scene")
-    add("--out", type=Path, default=Path("runs/apply"))
+    add("--out", type=given_path, default=Path("runs/apply"))
     add("--seed", type=int, default=0)
     add("--size", type=int, default=64, help="side of the pictures of the optimisation inverter")
     add("--steps", type=int, default=100, help="of refinement and optimisation")

@@ -27,7 +27,7 @@ from featinv.checkpoint import read_header
 from featinv.config import CONFIG_ROOT, all_keys, nearest
 from featinv.diffusion.prior import WEIGHTS_ROOT, load_prior
 from featinv.errors import UserError, exit_on_user_error
-from featinv.files import read_json, write_json
+from featinv.files import given_path, read_json, write_json
 from featinv.inverters.build import about, find_inverter, load_trained, save_inverter
 from featinv.inverters.fingerprints import branch_fingerprint, prior_fingerprint
 from featinv.report.benchmark import shown_columns
@@ -216,15 +216,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     }.items():
         one = kinds.add_parser(kind, help=text)
         if kind != "card":
-            one.add_argument("run", type=Path, help=text)
+            one.add_argument("run", type=given_path, help=text)
             one.add_argument("--limit", type=float, default=60, help="megabytes that the bundle may have")
             one.add_argument("--machine", help="what it was trained on; by default this machine")
         one.add_argument("name", help="photos64 for a prior, photos64/efficientnet_lite0 for an inverter")
-        one.add_argument("--into", type=Path, default=WEIGHTS_ROOT, help="folder of all bundles")
+        one.add_argument("--into", type=given_path, default=WEIGHTS_ROOT, help="folder of all bundles")
         if kind == "prior":
-            one.add_argument("--config", type=Path, help="its YAML; by default configs/prior/NAME.yaml")
+            one.add_argument("--config", type=given_path, help="its YAML; by default configs/prior/NAME.yaml")
         else:
-            one.add_argument("--metrics", type=Path, help="metrics.json of a benchmark that has the inverter as a row")
+            one.add_argument(
+                "--metrics", type=given_path, help="metrics.json of a benchmark that has the inverter as a row"
+            )
             one.add_argument("--row", help="its row; by default the run's name as eval.benchmark writes it")
         if kind == "inverter":
             one.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes in its configuration")

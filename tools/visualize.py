@@ -20,7 +20,7 @@ from featinv.backbones import Backbone, load_backbone
 from featinv.config import nearest
 from featinv.data.folders import pictures
 from featinv.errors import UserError, exit_on_user_error
-from featinv.files import write_json
+from featinv.files import given_path, write_json
 from featinv.image import save_png
 from featinv.report.page import picture_table, write_page
 from tools.visual_methods import METHODS, Result
@@ -59,7 +59,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", default=None, help="see tools/list_layers.py; the backbone's own if not given")
     parser.add_argument("--untrained", action="store_true", help="random weights: the control")
     parser.add_argument("--input-size", type=int, default=224, help="side of the network's input and of the pictures")
-    parser.add_argument("--out", type=Path, default=Path("runs/visualize"))
+    parser.add_argument("--out", type=given_path, default=Path("runs/visualize"))
     parser.add_argument("--target", type=int, default=None, help="class index; the predicted one if not given")
     parser.add_argument("--channel", type=int, default=None, help="one channel of the feature map")
     parser.add_argument("--top", type=int, default=None, help="the strongest channels only")
@@ -78,7 +78,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of pgd")
     parser.add_argument("--l2", type=float, default=1.5, help="L2 radius of an attack, of the change in [0, 1] units")
     parser.add_argument("--judges", nargs="*", default=["mobilenetv2"], help="backbones that the attacks are tried on")
-    parser.add_argument("--data", type=Path, default=None, help="a folder of pictures, for activity")
+    parser.add_argument("--data", type=given_path, default=None, help="a folder of pictures, for activity")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from featinv.config import nearest
 from featinv.diffusion.first_stage import FirstStage
 from featinv.diffusion.objective_guidance import ObjectiveGuidance
 from featinv.errors import UserError
+from featinv.files import given_path
 from featinv.inverters.base import Inverter
 from featinv.inverters.diffusion import DiffusionInverter
 
@@ -243,7 +243,7 @@ def split_name(name: str) -> tuple[str, tuple[str, ...]]:
         UserError: If a suffix is not one of `MATCHING`, naming the nearest.
     """
     base, plus, last = name.rpartition("+")
-    if not plus or "/" in last or Path(name).exists():
+    if not plus or "/" in last or given_path(name).exists():
         return name, ()
     if last not in MATCHING:
         raise UserError(f"+{last} of {name!r}: {nearest(last, list(MATCHING))}")

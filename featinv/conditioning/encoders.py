@@ -52,7 +52,9 @@ class Whitening(nn.Module):
         values, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
         values, vectors = values.flip(0), vectors.flip(1)
         keep = len(self.projection)
-        scale = values[:keep].clamp(min=floor * float(values[0])).rsqrt()
+        # A single vector, as of one pooled map, varies in no direction, and none is scaled.
+        least = floor * float(values[0]) if values[0] > 0 else 1.0
+        scale = values[:keep].clamp(min=least).rsqrt()
         self.mean.copy_(mean)
         self.projection.copy_((vectors[:, :keep] * scale).T)
         self.fitted.fill_(True)

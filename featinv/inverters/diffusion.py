@@ -275,8 +275,8 @@ class DiffusionInverter(nn.Module):
         With a lift the features are those of `lift.backbone`, and its own losses are all there is.
 
         Returns:
-            "loss" (), its parts, the clean "latents" (N, c, h, w), their one-step "estimate" (N, c, h, w) and, where
-            they were given, the "images".
+            "loss" (), its parts, the clean "latents" (N, c, h, w), their one-step "estimate" (N, c, h, w), which rows'
+            features were "dropped" (N,) and, where they were given, the "images".
         """
         if self.lift is not None:
             return self.lift.training_losses(features, seeds)
@@ -287,7 +287,8 @@ class DiffusionInverter(nn.Module):
         noise, timesteps = self.loss.draw(latents, seeds)
         no_features, no_text = self.dropout.draw(seeds)
         embedding, regressed = self.encoder(features)
-        mask = no_features.to(embedding.device)[:, None, None, None]
+        dropped = no_features.to(embedding.device)
+        mask = dropped[:, None, None, None]
         embedding = torch.where(mask, self.null_embedding.to(embedding.dtype), embedding)
         text = self.prior.encoder_hidden_states(len(latents), no_text)
         # Rows whose features are dropped have no estimate either: NaN tells the gate.
@@ -307,7 +308,7 @@ class DiffusionInverter(nn.Module):
                 "loss": losses["loss"] + self.regression_weight * regression,
                 "regression": regression.detach(),
             }
-        losses |= {"timesteps": timesteps, "latents": latents}
+        losses |= {"timesteps": timesteps, "latents": latents, "dropped": dropped}
         return losses if images is None else losses | {"images": images}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone, FeatureSpec
 from featinv.conditioning.encoders import Whitening
+from featinv.diffusion.half import full_arithmetic
 from featinv.errors import UserError
 from featinv.image import resize
 
@@ -93,8 +94,9 @@ class UpconvInverter(nn.Module):
         losses = {"loss": self.pixel_weight * pixel, "pixel": pixel.detach()}
         backbone = self._backbone[0]
         if self.feature_weight and backbone is not None:
-            found = backbone(again[: self.feature_rows].clamp(0, 1)).flatten(1)
-            distance = 1 - F.cosine_similarity(found, features[: self.feature_rows].flatten(1)).mean()
+            with full_arithmetic(again.device):
+                found = backbone(again[: self.feature_rows].clamp(0, 1)).flatten(1)
+                distance = 1 - F.cosine_similarity(found, features[: self.feature_rows].flatten(1)).mean()
             losses |= {"loss": losses["loss"] + self.feature_weight * distance, "feature": distance.detach()}
         return losses
 

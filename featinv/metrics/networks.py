@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from featinv.backbones.base import Backbone
 from featinv.errors import UserError
+from featinv.files import given_path
 from featinv.inverters.described import weights_hash
 from featinv.metrics.images import check_images
 
@@ -113,7 +114,7 @@ def inception_embedder(weights: str | Path | None = None, *, antialias: bool = T
     """
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
+    path = given_path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
     if not path.is_file():
         raise UserError(
             f"There are no Inception weights at {path}; put {INCEPTION_WEIGHTS} there or use another network."

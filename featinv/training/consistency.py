@@ -68,7 +68,7 @@ class EstimateConsistency:
 
     Args:
         weight: Weight of 1 - cosine.
-        rows: Images of a batch that are judged, those with the least noise first.
+        rows: Images of a batch that are judged, those with the least noise first; none whose features were dropped.
         max_timestep: Above it the estimate is too blurred to judge, as a share of all timesteps.
     """
 
@@ -83,14 +83,16 @@ class EstimateConsistency:
         features: Tensor,
         seeds: Sequence[int],
     ) -> Tensor:
-        """Return 1 - cosine of the decoded estimates; 0 if every row is too noisy."""
+        """Return 1 - cosine of the decoded estimates; 0 if every row is too noisy, or was not told its features."""
         timesteps, estimate = losses["timesteps"], losses["estimate"]
         limit = self.max_timestep * inverter.prior.scheduler.config.num_train_timesteps
-        rows = timesteps.argsort()[: self.rows]
-        rows = rows[timesteps[rows] <= limit]
+        rows = timesteps.argsort()
+        rows = rows[(timesteps <= limit)[rows] & ~losses["dropped"][rows]][: self.rows]
         if not len(rows):
             return estimate.sum() * 0.0
-        return _one_minus_cosine(backbone(inverter.prior.first_stage.decode(estimate[rows].float())), features[rows])
+        drawn = inverter.prior.first_stage.decode(estimate[rows].float())
+        with full_arithmetic(drawn.device):
+            return _one_minus_cosine(backbone(drawn), features[rows])
 
 
 class SampleConsistency:

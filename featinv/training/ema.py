@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from featinv.errors import UserError
 from featinv.training.sharding import gathered, placed_as
 
 
@@ -19,9 +20,16 @@ class EMA:
         decay: Largest decay, of one step.
         every: Steps between updates of the averages, each with the decay of so many: they are all of the weights to
             read and write, and hardly move from one step to the next.
+
+    Raises:
+        UserError: If the averages would never move, or away from the weights.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float = 0.999, every: int = 1):
+        if not 0 <= decay < 1:
+            raise UserError(f"ema_decay must lie from 0 to below 1, not {decay}.")
+        if every < 1:
+            raise UserError(f"ema_every must be at least 1, not {every}.")
         self.parameters, self.decay, self.every, self.updates = parameters, decay, every, 0
         self.averages = {name: p.detach().clone() for name, p in parameters.items()}
 

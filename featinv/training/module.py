@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from featinv.backbones.base import Backbone
 from featinv.conditioning.masking import FeatureMasking, mean_feature
+from featinv.diffusion.half import full_arithmetic
 from featinv.errors import UserError
 from featinv.files import save_safetensors
 from featinv.image import seeded_noise
@@ -23,7 +24,7 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.training.adversary import Adversary
 from featinv.training.consistency import Consistency
 from featinv.training.ema import EMA
-from featinv.training.optimizers import FusedAdamW, cosine_schedule, match_layout
+from featinv.training.optimizers import FusedAdamW, check_optimizer, clip_gradients, cosine_schedule, match_layout
 from featinv.training.sharding import gathered, placed_as, shard
 from featinv.training.teacher import EmbeddingTeacher
 
@@ -44,7 +45,32 @@ def row_seeds(module: pl.LightningModule, seed: int, batch_idx: int, rows: int) 
     return sample_seeds(seed, step, rows * world)[rank::world]
 
 
-def _check_trainable(inverter: Any, consistency: Consistency | None, estimate_steps: int) -> None:
+def check_fits(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a checkpoint's tensors have other names or shapes than what they are to be loaded into.
+
+    Args:
+        what: For the message.
+        own: Name -> tensor.
+        given: The checkpoint's.
+    """
+    differing = sorted(set(own) ^ set(given)) or [name for name in own if own[name].shape != given[name].shape]
+    if differing:
+        raise UserError(
+            f"the checkpoint does not fit this {what}; it differs in {differing[0]!r}. Choose another out=FOLDER."
+        )
+
+
+def _check_finite(state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if trained weights are no numbers any more: they must not take the place of good ones."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} is not finite, and is not written. Go on from the last checkpoint with a lower "
+                "training.module.params.learning_rate and --changed."
+            )
+
+
+def _check_trainable(inverter: Any, backbone: Backbone, consistency: Consistency | None, estimate_steps: int) -> None:
     """Raise UserError if there is nothing to train, or not by these terms."""
     name = type(inverter).__name__
     if not isinstance(inverter, nn.Module) or not _trained(inverter):
@@ -58,6 +84,14 @@ def _check_trainable(inverter: Any, consistency: Consistency | None, estimate_st
         raise UserError(f"{name} estimates no latents; leave estimate_steps at 0.")
     if getattr(inverter, "lift", None) is not None and (consistency is not None or estimate_steps):
         raise UserError("a lift has a loss of its own; leave consistency at null and estimate_steps at 0.")
+    if estimate_steps and _estimates_nothing(inverter, backbone):
+        raise UserError(f"{type(inverter.encoder).__name__} estimates no latents; leave estimate_steps at 0.")
+
+
+@torch.no_grad()
+def _estimates_nothing(inverter: Any, backbone: Backbone) -> bool:
+    spec, device = backbone.spec, inverter.null_embedding.device
+    return inverter.encoder(torch.zeros(1, spec.channels, spec.height, spec.width, device=device))[1] is None
 
 
 def _trained(inverter: Any) -> dict[str, nn.Parameter]:
@@ -72,9 +106,11 @@ class InversionModule(pl.LightningModule):
     Args:
         inverter: Has `training_losses`, `trainable_parameters` and `trainable_state`.
         backbone: Frozen; of an inverter with a lift the lift's (`featinv.diffusion.lift.training_backbone`).
-        max_steps: Optimizer steps of the whole run; the learning rate falls to a twentieth over them.
+        max_steps: Optimizer steps of the whole run, over which the learning rate falls along a cosine.
         learning_rate: Peak of AdamW's.
+        least_rate: Share of the peak that is left at the end; 1 keeps the rate.
         warmup_steps: Linear rise before the peak.
+        betas: AdamW's.
         weight_decay: AdamW's.
         ema_decay: Largest decay of the weight average; 0 switches it off.
         ema_every: Steps between its updates (`EMA`).
@@ -88,12 +124,12 @@ class InversionModule(pl.LightningModule):
             images, so `training.cache=false`.
         consistency: A term of `featinv.training.consistency`, or None.
         consistency_from: The optimizer step from which it counts: before the pictures are about right, it only costs.
-        max_grad_norm: Gradient clipping.
+        max_grad_norm: Gradients are clipped to this norm; None does not clip.
         seed: Of noise, timesteps and dropout.
         described: Written into every checkpoint, so that it can be loaded as an inverter (`featinv.inverters.build`).
 
     Raises:
-        UserError: If the inverter has nothing to train, or not by the terms that are asked for.
+        UserError: If the inverter has nothing to train, or not by the terms and settings that are asked for.
     """
 
     def __init__(
@@ -102,7 +138,9 @@ class InversionModule(pl.LightningModule):
         backbone: Backbone,
         max_steps: int = 10_000,
         learning_rate: float = 1e-3,
+        least_rate: float = 0.05,
         warmup_steps: int = 200,
+        betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 1e-2,
         ema_decay: float = 0.999,
         ema_every: int = 1,
@@ -113,16 +151,18 @@ class InversionModule(pl.LightningModule):
         teacher: EmbeddingTeacher | None = None,
         consistency: Consistency | None = None,
         consistency_from: int = 0,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         seed: int = 0,
         described: dict[str, Any] | None = None,
     ):
         super().__init__()
-        _check_trainable(inverter, consistency, estimate_steps)
+        _check_trainable(inverter, backbone, consistency, estimate_steps)
+        check_optimizer(learning_rate, max_grad_norm, betas, least_rate)
         self.inverter, self.described = inverter, described or {}
         self._backbone = [backbone]  # outside the module tree: never saved, never trained
         self.max_steps, self.learning_rate, self.warmup_steps = max_steps, learning_rate, warmup_steps
         self.weight_decay, self.max_grad_norm, self.seed = weight_decay, max_grad_norm, seed
+        self.betas, self.least_rate = betas, least_rate
         self.feature_noise = feature_noise
         self.estimate_steps, self.teacher = estimate_steps, teacher
         self.consistency, self.consistency_from = consistency, consistency_from
@@ -130,6 +170,7 @@ class InversionModule(pl.LightningModule):
             adversary.build(backbone)
         self.masking = FeatureMasking(mask_positions, mask_channels)
         self.ema = EMA(_trained(self.inverter), ema_decay, ema_every) if ema_decay else None
+        self._step_batches: list[dict[str, Tensor]] = []  # the batches of the optimizer step that is under way
 
     @property
     def _adversary(self) -> Adversary | None:
@@ -169,6 +210,8 @@ class InversionModule(pl.LightningModule):
         """One step: features of the batch (or from its cache), then the inverter's own loss."""
         features = self.features_of(batch)
         seeds = row_seeds(self, self.seed, batch_idx, len(features))
+        kept = {name: batch[name] for name in ("image", "latents") if name in batch}
+        self._step_batches.append(kept | {"features": features, "seeds": torch.tensor(seeds)})
         if estimating := self.global_step < self.estimate_steps:
             losses = self._estimate_losses(batch, self._given(features, seeds))
         else:
@@ -189,7 +232,7 @@ class InversionModule(pl.LightningModule):
         self.log_dict(scalars, prog_bar=False)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         if not math.isfinite(float(loss.detach())):
-            self._stop(batch, features, seeds, float(loss.detach()))
+            self._stop(f"the loss is {float(loss.detach())}")
         return loss
 
     def _estimate_losses(self, batch: dict[str, Any], features: Tensor) -> dict[str, Tensor]:
@@ -200,21 +243,21 @@ class InversionModule(pl.LightningModule):
         wanted = self.teacher(images) if self.teacher is not None and images is not None else None
         return self.inverter.estimate_losses(images, features, latents=latents, embedding=wanted)
 
-    def _stop(self, batch: dict[str, Any], features: Tensor, seeds: list[int], loss: float) -> None:
-        """End the run at a loss that is not finite, and keep the batch that made it."""
-        path = Path(self.trainer.default_root_dir) / f"nonfinite_{self.global_step:07d}.safetensors"
-        tensors = {k: v for k, v in batch.items() if k in ("image", "latents")}
-        save_safetensors(path, tensors | {"features": features, "seeds": torch.tensor(seeds)})
+    def _stop(self, problem: str) -> NoReturn:
+        """End the run at what is not finite, and keep the step's batches, one of which made it."""
+        path, batches = Path(self.trainer.default_root_dir), self._step_batches
+        path /= f"nonfinite_{self.global_step:07d}.safetensors"
+        save_safetensors(path, {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
         raise UserError(
-            f"the loss is {loss} at step {self.global_step}; its batch is in {path}. Go on from the last "
+            f"{problem} at step {self.global_step}; its batch is in {path}. Go on from the last "
             f"checkpoint with a lower training.module.params.learning_rate (now {self.learning_rate}) and --changed."
         )
 
     def features_of(self, batch: dict[str, Any]) -> Tensor:
-        """Features (N, C, H, W) of a batch, from its cache or computed."""
+        """Features (N, C, H, W) of a batch, from its cache or computed, in float32 as when the inverter is used."""
         if "features" in batch:
             return batch["features"].float()
-        with torch.no_grad():
+        with torch.no_grad(), full_arithmetic(batch["image"].device):
             return self.backbone(batch["image"]).float()
 
     def _given(self, features: Tensor, seeds: list[int]) -> Tensor:
@@ -231,10 +274,14 @@ class InversionModule(pl.LightningModule):
         return features + self.feature_noise * features.flatten(1).std(1)[:, None, None, None] * noise
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with linear warm-up, then a cosine to a twentieth."""
-        parameters = list(self.inverter.trainable_parameters())
-        optimizer = FusedAdamW(parameters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.weight_decay)
-        return cosine_schedule(optimizer, self.warmup_steps, self.max_steps, least=0.05)
+        """AdamW with linear warm-up, then a cosine to `least_rate`."""
+        optimizer = FusedAdamW(
+            list(self.inverter.trainable_parameters()),
+            lr=self.learning_rate,
+            betas=tuple(self.betas),
+            weight_decay=self.weight_decay,
+        )
+        return cosine_schedule(optimizer, self.warmup_steps, self.max_steps, self.least_rate)
 
     def configure_gradient_clipping(
         self,
@@ -243,8 +290,11 @@ class InversionModule(pl.LightningModule):
         gradient_clip_algorithm: Any = None,
     ) -> None:
         """Clip, and log the norm: the first thing to look at when a run diverges."""
-        norm = nn.utils.clip_grad_norm_(self.inverter.trainable_parameters(), self.max_grad_norm)
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = clip_gradients(self.inverter.trainable_parameters(), self.max_grad_norm)
+        if not math.isfinite(float(norm)):  # the weights would be NaN, whose loss comes after a checkpoint, or never
+            self._stop(f"the norm of the gradients is {float(norm)}")
+        self._step_batches.clear()
+        self.log("train/grad_norm", norm)
 
     def on_train_start(self) -> None:
         """Repair the layout of restored optimizer state."""
@@ -261,10 +311,15 @@ class InversionModule(pl.LightningModule):
 
         Returns:
             What a checkpoint holds, whole in the first process alone.
+
+        Raises:
+            UserError: If it is no numbers.
         """
         if self.ema is not None:
             self.ema.copy_to_parameters()
-        return gathered(self.inverter.trainable_state())
+        state = gathered(self.inverter.trainable_state())
+        _check_finite(state)
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the trained weights only: the prior and the backbone never change."""
@@ -272,13 +327,14 @@ class InversionModule(pl.LightningModule):
         checkpoint["featinv"] = self.described
         checkpoint["ema"] = self.ema.state_dict() if self.ema is not None else None
         checkpoint["adversary"] = self._adversary.training_state() if self._adversary is not None else None
+        for state in (checkpoint["state_dict"], (checkpoint["ema"] or {}).get("averages", {})):
+            _check_finite(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the weights and their average; Lightning restores optimizer and schedule."""
         state = checkpoint["state_dict"]
         own = self.inverter.trainable_state()
-        if missing := set(own) ^ set(state):
-            raise UserError(f"the checkpoint does not fit this inverter; it differs in {sorted(missing)[0]!r}.")
+        check_fits("inverter", own, state)
         begun = checkpoint.get("featinv") or {}
         if begun.get("prior") != self.described.get("prior"):
             raise UserError("the run was begun with another prior; restore that prior, or choose another out=FOLDER.")
@@ -287,7 +343,10 @@ class InversionModule(pl.LightningModule):
         self.inverter.load_state_dict({k: placed_as(v, own[k]) for k, v in state.items()}, strict=False)
         if self.ema is not None and checkpoint["ema"] is not None:
             self.ema.load_state_dict(checkpoint["ema"])
+        else:
+            self.restart_average()  # it was begun from other weights
         if self._adversary is not None and checkpoint.get("adversary") is not None:
+            check_fits("adversary", self._adversary.state_dict(), checkpoint["adversary"]["heads"])
             self._adversary.restore(checkpoint["adversary"])
         # Lightning loads this dict once more, strictly, into the whole module.
         checkpoint["state_dict"] = self.state_dict()

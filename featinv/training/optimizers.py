@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from featinv.errors import UserError
 from featinv.training.sharding import placed_as
 
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -68,6 +70,26 @@ def _replace(parameter: nn.Parameter, data: Tensor, grad: Tensor) -> None:
     parameter.grad = grad
 
 
+def check_optimizer(
+    learning_rate: float, max_grad_norm: float | None, betas: Sequence[float] = (0.9, 0.99), least_rate: float = 0.0
+) -> None:
+    """Raise UserError if nothing can be learned with these settings, or not what they say."""
+    if not learning_rate > 0:
+        raise UserError(f"learning_rate must be above 0, not {learning_rate}.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise UserError(f"max_grad_norm must be above 0, or null for no clipping, not {max_grad_norm}.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"betas must be two numbers from 0 to below 1, not {list(betas)}.")
+    if not 0 <= least_rate <= 1:
+        raise UserError(f"least_rate is a share of learning_rate, from 0 to 1, not {least_rate}.")
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> Tensor:
+    """Scale gradients down to a norm of at most `max_grad_norm`, None leaves them; returns the norm before, ()."""
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def cosine_schedule(
     optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, least: float
 ) -> dict[str, Any]:
@@ -83,8 +105,8 @@ def cosine_schedule(
 
 
 def configured_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Rate and weight decay of each parameter group, as a new optimizer with a schedule has them."""
-    return [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+    """Rate, betas and weight decay of each parameter group, as a new optimizer with a schedule has them."""
+    return [{name: group[name] for name in ("initial_lr", "betas", "weight_decay")} for group in optimizer.param_groups]
 
 
 def restore_settings(schedule: torch.optim.lr_scheduler.LambdaLR, settings: list[dict[str, Any]]) -> None:

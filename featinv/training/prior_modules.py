@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,8 +22,8 @@ from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.fingerprints import first_stage_fingerprint
 from featinv.training.adversary import Adversary
 from featinv.training.ema import EMA
-from featinv.training.module import row_seeds
-from featinv.training.optimizers import FusedAdamW, cosine_schedule, match_layout
+from featinv.training.module import check_fits, row_seeds
+from featinv.training.optimizers import FusedAdamW, check_optimizer, clip_gradients, cosine_schedule, match_layout
 
 
 def _trainable(part: nn.Module) -> list[nn.Parameter]:
@@ -56,12 +57,13 @@ class FirstStageModule(pl.LightningModule):
         drawn_by: A diffusion inverter of these latents (name, folder or checkpoint). It draws the latents of half of
             the rows of the feature term from their features, and the squared error leaves these rows out: a decoder is
             for what is drawn, whose latents differ from encoded ones in their own way, unlike noise.
-        max_grad_norm: Gradient clipping.
+        max_grad_norm: Gradients are clipped to this norm; None does not clip.
         seed: Of the posterior draws.
 
     Raises:
         UserError: If there is an adversary but no backbone, on whose maps it looks, if `drawn_by` draws no latents or
-            those of another first stage, or if there is nothing to train of that name.
+            those of another first stage, or none of the rows of the feature term, if there is nothing to train of that
+            name, or nothing can be learned.
     """
 
     def __init__(
@@ -78,10 +80,13 @@ class FirstStageModule(pl.LightningModule):
         trained: str = "all",
         adversary: Adversary | None = None,
         drawn_by: str | None = None,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         seed: int = 0,
     ):
         super().__init__()
+        check_optimizer(learning_rate, max_grad_norm)
+        if drawn_by and feature_rows < 2:
+            raise UserError(f"drawn_by draws half of feature_rows, which must be at least 2 then, not {feature_rows}.")
         # In a list: no part of the module tree, which the autoencoder's optimizer and checkpoints are of.
         self.first_stage, self._backbone, self._adversary = first_stage, [backbone], [adversary]
         self._drawer = [_Drawer(drawn_by, first_stage) if drawn_by else None]
@@ -157,6 +162,7 @@ class FirstStageModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the adversary; Lightning restores the rest."""
         if self._adversary[0] is not None and checkpoint.get("adversary") is not None:
+            check_fits("adversary", self._adversary[0].state_dict(), checkpoint["adversary"]["heads"])
             self._adversary[0].restore(checkpoint["adversary"])
 
     def configure_gradient_clipping(
@@ -166,7 +172,12 @@ class FirstStageModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip: one batch in some hundreds else undoes what the others have learned."""
-        nn.utils.clip_grad_norm_(_trainable(self.first_stage), self.max_grad_norm)
+        norm = float(clip_gradients(_trainable(self.first_stage), self.max_grad_norm))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the norm of the gradients is {norm} at step {self.global_step}; go on from the last checkpoint with "
+                f"a lower learning_rate (now {self.learning_rate}) and --changed."
+            )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, the shortcut at a twentieth of the rate, cosine schedule."""
@@ -210,7 +221,9 @@ class _Drawer:
     def __call__(self, images: Tensor, seeds: list[int]) -> Tensor:
         """Unscaled latents (N, c, h, w), drawn from the features of images (N, 3, H, W)."""
         self.inverter, self.backbone = self.inverter.to(images.device), self.backbone.to(images.device)
-        latents = self.inverter.draw(self.backbone(images).float(), seeds)
+        with full_arithmetic(images.device):
+            features = self.backbone(images).float()
+        latents = self.inverter.draw(features, seeds)
         # By its own prior's scale: that of the first stage in training is not set before the end.
         return self.inverter.prior.first_stage.unscale(latents.float())
 

@@ -23,6 +23,7 @@ class FeatureProbe(Callback):
     """Reconstruct a fixed set with the averaged weights; log, list and draw the feature cosine.
 
     Writes `probe.jsonl` (one line each time), `probe.png` (the curve) and `probe/STEP.png` (pictures) into `folder`.
+    The share of the span from floor to ceiling is None where there is no span; a single image has no floor.
 
     Args:
         images: (N, 3, H, W) in [0, 1], held out.
@@ -51,7 +52,7 @@ class FeatureProbe(Callback):
         self.images = self.images.to(device)
         self.features = self.backbone(self.images)
         prior = getattr(pl_module.inverter, "prior", None)
-        self.floor = self._cosine(self.features.roll(1, 0))
+        self.floor = self._cosine(self.features.roll(1, 0)) if len(self.images) > 1 else None
         again = prior.first_stage.decode(prior.first_stage.encode(resize(self.images, prior.size))) if prior else None
         self.ceiling = self._cosine(self.backbone(again)) if again is not None else 1.0
         # What an interrupted run measured beyond its last checkpoint is measured again.
@@ -83,7 +84,8 @@ class FeatureProbe(Callback):
         with trainer.precision_plugin.forward_context(), ema.applied() if ema is not None else nullcontext():
             images = pl_module.inverter.invert(self.features, seeds=range(len(self.features)))
         cosine = self._cosine(self.backbone(images))
-        share = (cosine - self.floor) / (self.ceiling - self.floor)
+        floor, ceiling = self.floor, self.ceiling
+        share = (cosine - floor) / (ceiling - floor) if floor is not None and ceiling > floor else None
         step = trainer.global_step
         line = {
             "step": step,
@@ -91,13 +93,14 @@ class FeatureProbe(Callback):
             "minutes": round((time.time() - self._started) / 60, 2),
             "cosine": cosine,
             "share": share,
-            "floor": self.floor,
-            "ceiling": self.ceiling,
+            "floor": floor,
+            "ceiling": ceiling,
         }
         self.lines.append(line)
         if not trainer.is_global_zero:
             return
-        pl_module.log_dict({"probe/cosine": cosine, "probe/share": share}, prog_bar=True)
+        figures = {"probe/cosine": cosine, "probe/share": share}
+        pl_module.log_dict({name: value for name, value in figures.items() if value is not None}, prog_bar=True)
         write_text(self.folder / "probe.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.lines))
         rows = [resize(self.images[: self.shown], images.shape[-1]), images[: self.shown]]
         save_png(self.folder / "probe" / f"{step:07d}.png", make_grid(rows, ["original", "sample"]))
@@ -112,7 +115,7 @@ def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5, 3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([line["images"] for line in lines], [line["share"] for line in lines], marker=".")
+    axes.plot([line["images"] for line in lines], [line["share"] for line in lines], marker=".")  # None: no point
     axes.set(xlabel="images seen", ylabel="share of the span", title="(cosine - floor) / (ceiling - floor)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

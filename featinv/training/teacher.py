@@ -40,7 +40,9 @@ class EmbeddingTeacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> embedding (N, C0, h, w)."""
         self.encoder, self.backbone = self.encoder.to(images.device), self.backbone.to(images.device)
-        return self.encoder(self.backbone(images).float())[0]
+        with full_arithmetic(images.device):
+            features = self.backbone(images).float()
+        return self.encoder(features)[0]
 
 
 class LiftedMaps:
