@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from conftest import tiny_first_stage, tiny_prior
 from forks import in_a_process
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -38,7 +38,7 @@ from featinv.files import atomic_write, read_state, run_lock
 from featinv.inverters.build import about, build_inverter, load_inverter, save_inverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.reconstruct import reconstruct
-from featinv.training.cache import build_cache
+from featinv.training.cache import build_cache, cache_bytes
 from featinv.training.module import InversionModule
 from featinv.training.runner import fit, hold_run, last_checkpoint
 from sample import sample
@@ -82,6 +82,31 @@ def test_a_damaged_cache_is_made_anew(tmp_path, prior, backbone) -> None:
     (folder / "mean.npy").write_bytes((folder / "mean.npy").read_bytes()[:500])
     _cache(tmp_path, prior, backbone)
     assert _contents(tmp_path) == whole
+
+
+def test_a_cache_that_is_made_anew_leaves_a_reader_what_it_reads(tmp_path, prior, backbone) -> None:
+    read = _cache(tmp_path, prior, backbone)
+    before = {name: torch.from_numpy(array.copy()) for name, array in read.arrays.items()}
+    more = ScenesDataset(30, seed=1, size=32)
+    assert build_cache(tmp_path, {}, more, prior.first_stage, backbone).folder == read.folder
+    for name, value in before.items():
+        assert torch.equal(torch.from_numpy(read.arrays[name]), value)
+
+
+def test_what_an_interrupted_cache_reserved_is_no_space_that_is_missing(tmp_path, prior, backbone, monkeypatch) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    needed = cache_bytes(20, {"features": (512, 2, 2), "mean": (4, 4, 4), "std": (4, 4, 4)})
+
+    def usage(folder: Path) -> tuple[int, int, int]:
+        used = sum(path.stat().st_size for path in folder.glob("*.npy"))
+        return shutil._ntuple_diskusage(2 * needed, used, int(1.2 * needed) - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(KeyboardInterrupt):
+        _cache(tmp_path, prior, backbone, interrupt)  # before its first progress is written down
+    assert len(_cache(tmp_path, prior, backbone)) == 20
 
 
 def test_a_cache_on_a_full_disk_ends_in_a_sentence_before_it_begins(tmp_path, prior, backbone, monkeypatch) -> None:
@@ -208,7 +233,7 @@ def test_a_killed_process_leaves_no_unfinished_files(tmp_path) -> None:
 
 
 def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(tmp_path) -> None:
-    config = OmegaConf.create({"training": {"seed": 0}})
+    config = load_config("demo")
     with hold_run(tmp_path):
         with pytest.raises(UserError, match="another process is working"):
             train.train(config, tmp_path)

@@ -190,6 +190,36 @@ def test_the_size_of_a_picture_is_looked_at_where_no_setting_says_it(tmp_path, b
         training_rows(config, _module(backbone), tmp_path)
 
 
+def test_a_cache_is_of_the_weights_and_the_latent_scale_that_made_it(tmp_path, backbone) -> None:
+    config = _experiment(tmp_path)
+    config.training.cache, config.training.cache_root = True, str(tmp_path / "cache")
+
+    module = _module(backbone)
+    first = training_rows(config, module, tmp_path).folder
+    assert training_rows(config, _module(backbone), tmp_path).folder == first
+    other = load_backbone(**TINY_BACKBONE)
+    next(other.parameters()).data.mul_(2)  # as if its file had been replaced
+    rows = training_rows(config, _module(other), tmp_path)
+    assert rows.folder != first
+    expected = other(ScenesDataset(**config.data.params.train.params)[0]["image"][None])
+    assert torch.allclose(rows[[0]]["features"], expected, atol=2e-3 * float(expected.abs().max()))
+    module.inverter.prior.first_stage.vae.register_to_config(scaling_factor=0.5)
+    assert training_rows(config, module, tmp_path).folder != first
+
+
+def test_training_images_may_be_named_by_a_folder_alone(tmp_path, backbone) -> None:
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
+    config = _experiment(tmp_path)
+    config.training.cache, config.training.cache_root = True, str(tmp_path / "cache")
+    config.data.params.train = str(tmp_path)
+    module = _module(backbone)
+    with pytest.raises(UserError, match=r"the inverter draws 32: .*\{target, params\} in the place of a path"):
+        training_rows(config, module, tmp_path)
+    module.inverter.size = FlatFolder(tmp_path)[0]["image"].shape[-1]
+    assert len(training_rows(config, module, tmp_path)) == 3
+
+
 def whole_pictures(folder: str) -> FlatFolder:
     return FlatFolder(folder, size=64)
 

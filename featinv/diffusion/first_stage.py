@@ -156,7 +156,8 @@ class FirstStage(nn.Module):
             )
         return self.vae.config.latent_channels, size // self.factor, size // self.factor
 
-    def _scale(self) -> tuple[float, float]:
+    def latent_scale(self) -> tuple[float, float]:
+        """Factor and shift: scaled latents are (latents - shift) * factor."""
         return self.vae.config.scaling_factor, getattr(self.vae.config, "shift_factor", None) or 0.0
 
     def fold(self, images: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class FirstStage(nn.Module):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (N, C, h, w), of the scaled latents of images (N, 3, H, W) in [0, 1]."""
-        scale, shift = self._scale()
+        scale, shift = self.latent_scale()
         distribution = self.distribution(images)
         return (distribution.mean - shift) * scale, distribution.std * scale
 
@@ -190,7 +191,7 @@ class FirstStage(nn.Module):
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) -> unscaled, as `synthesise` takes them."""
-        scale, shift = self._scale()
+        scale, shift = self.latent_scale()
         return latents / scale + shift
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:

@@ -19,6 +19,7 @@ from featinv.config import instantiate, nearest, refuse_foreign, resolve_target
 from featinv.data import load_part
 from featinv.diffusion.prior import WEIGHTS_ROOT, DiffusionPrior, load_prior
 from featinv.errors import UserError
+from featinv.files import given_path
 from featinv.inverters.base import Inverter, TrainableInverter
 from featinv.inverters.diffusion import DiffusionInverter
 from featinv.inverters.fingerprints import branch_fingerprint, fingerprint, prior_fingerprint
@@ -178,7 +179,7 @@ def find_inverter(name_or_path: str | Path) -> Path:
     """
     family, _, name = str(name_or_path).rpartition("/")
     bundled = WEIGHTS_ROOT / family / "inverters" / f"{name}.safetensors"
-    path = Path(name_or_path)
+    path = given_path(name_or_path)
     candidates = [path / INVERTER_FILE, path / "last.safetensors"] if path.is_dir() else [path]
     for candidate in ([bundled] if family else []) + candidates:
         if candidate.is_file():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from featinv.backbones.base import Backbone
 from featinv.diffusion.first_stage import FirstStage
 from featinv.errors import UserError
-from featinv.files import read_json, run_lock, write_json
+from featinv.files import given_path, read_json, run_lock, write_json
 from featinv.image import seeded_noise, to_uint8
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def build_cache(
         UserError: If the disk is too small for it. (Another process that writes the same cache is waited for.)
     """
     total = len(dataset)  # type: ignore[arg-type]
-    folder = Path(root) / cache_key(description)
+    folder = given_path(root) / cache_key(description)
     done_file = folder / "cache.json"
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder, wait=True):
@@ -104,7 +104,8 @@ def build_cache(
         done = read_json(done_file)["done"] if done_file.is_file() else 0
         if not (done and all(_fits(path, shape) for path, shape in files.items())):
             done = 0
-            done_file.unlink(missing_ok=True)
+            for path in (done_file, *files):  # not overwritten: a run that reads them keeps what it has mapped
+                path.unlink(missing_ok=True)
             size = cache_bytes(total, shapes)
             _check_space(folder, size)
             log.info("caching latents and features of %d images: %.2f GB in %s", total, size / 1e9, folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from featinv.diffusion.half import saved_bytes
 from featinv.diffusion.lift import training_backbone, training_first_stage
 from featinv.diffusion.prior import DiffusionPrior
 from featinv.errors import UserError
-from featinv.files import first_line
+from featinv.files import first_line, given_path
 from featinv.inverters.build import build_inverter
 from featinv.training.cache import cache_bytes
 from featinv.training.costs import BYTES_TRAINED, StepCost, matmul_peak, step_cost
@@ -201,7 +200,11 @@ def count_images(config: DictConfig, size: int, problems: list[str]) -> int | No
         data = load_part(config.data, "train")
     except UserError as error:
         problems.append(str(error))
-        return IMAGENET_IMAGES if config.data.params.train.target.endswith("ImageNetFolder") else None
+        return (
+            IMAGENET_IMAGES
+            if OmegaConf.select(config, "data.params.train.target", default="").endswith("ImageNetFolder")
+            else None
+        )
     if isinstance(data, IterableDataset):
         return None
     check_size(data[0]["image"].shape[-1], size)
@@ -222,7 +225,7 @@ def _missing_weights(config: DictConfig) -> Iterator[str]:
     from huggingface_hub import try_to_load_from_cache
 
     prior = config.get("prior")
-    if prior is None or prior.startswith("random:") or Path(prior).exists() or "/" not in prior:
+    if prior is None or prior.startswith("random:") or given_path(prior).exists() or "/" not in prior:
         return
     if not any(
         isinstance(try_to_load_from_cache(prior, f"unet/diffusion_pytorch_model.{kind}"), str)

@@ -23,7 +23,7 @@ from featinv.diffusion.lift import training_first_stage
 from featinv.errors import UserError
 from featinv.files import write_text
 from featinv.inverters.build import take_over
-from featinv.inverters.fingerprints import first_stage_fingerprint
+from featinv.inverters.fingerprints import fingerprint, first_stage_fingerprint
 from featinv.training.batches import BatchedRows, Epochs
 from featinv.training.cache import build_cache
 from featinv.training.module import InversionModule
@@ -83,9 +83,12 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
         return BatchedRows(dataset)
     first_stage = training_first_stage(module.inverter)
     description = {
-        "data": OmegaConf.to_container(config.data.params.train, resolve=True),
-        "first_stage": first_stage_fingerprint(first_stage) if first_stage is not None else None,
+        "data": OmegaConf.to_container(config.data.params, resolve=True)["train"],  # type: ignore[index,call-overload]
+        "first_stage": None
+        if first_stage is None
+        else [first_stage_fingerprint(first_stage), *first_stage.latent_scale()],
         "backbone": OmegaConf.to_container(config.backbone, resolve=True),
+        "weights": fingerprint(*module.backbone.state_dict().values()),  # a file may have been replaced by another
         "layer": module.backbone.layer,
     }
     epochs = settings.get("cache_epochs", 1)
@@ -105,7 +108,8 @@ def check_size(found: int | None, size: int) -> None:
     """Raise UserError if training images are known to have a side of `found` pixels, and an inverter draws another."""
     if found not in (None, size):
         raise UserError(
-            f"data gives pictures of {found} px, the inverter draws {size}: set data.params.train.params.size."
+            f"data gives pictures of {found} px, the inverter draws {size}: set data.params.train.params.size (with "
+            "{target, params} in the place of a path, if data.params.train is one)."
         )
 
 
