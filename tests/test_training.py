@@ -137,6 +137,8 @@ def test_a_run_goes_on_with_the_configuration_it_began_with(tmp_path, backbone, 
         keep_config(other, tmp_path)
     keep_config(other, tmp_path, changed=True)
     assert OmegaConf.load(tmp_path / "config.yaml").prior == "c"
+    with pytest.raises(UserError, match="accumulate .* cannot change within a run: .* training.start="):
+        keep_config(OmegaConf.merge(other, {"training": {"accumulate": 4}}), tmp_path, changed=True)
 
 
 def test_a_run_of_several_stages_has_begun_with_the_first_of_them(tmp_path, backbone, cache) -> None:

@@ -45,7 +45,7 @@ def keep_config(config: DictConfig, folder: Path, changed: bool = False, stages:
         stages: Folders in it in which there may be checkpoints; it has begun if there is one.
 
     Raises:
-        UserError: If it has changed and `changed` is not set; the differences are listed.
+        UserError: If it has changed and `changed` is not set; the differences are listed. If `accumulate` has.
     """
     path = folder / "config.yaml"
     if path.is_file() and any(last_checkpoint(folder / stage) is not None for stage in stages):
@@ -55,6 +55,11 @@ def keep_config(config: DictConfig, folder: Path, changed: bool = False, stages:
             raise UserError(
                 f"the run in {folder} was begun with other settings ({'; '.join(changes)}); choose another out=FOLDER, "
                 "or go on with --changed."
+            )
+        if any(change.startswith("training.accumulate:") for change in changes):
+            raise UserError(
+                "training.accumulate counts the batches of a step, and cannot change within a run: begin another "
+                f"out=FOLDER with training.start={folder}."
             )
         for change in changes:
             log.warning("going on with a changed setting: %s", change)
