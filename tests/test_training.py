@@ -1,4 +1,5 @@
 import math
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import TINY_BACKBONE, save_tiny, tiny_config, tiny_first_stage, tiny_prior
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from featinv.backbones import load_backbone
 from featinv.checkpoint import load_checkpoint, save_checkpoint
@@ -27,7 +29,7 @@ from featinv.training.consistency import (
 )
 from featinv.training.module import InversionModule
 from featinv.training.prior_modules import FirstStageModule, PriorModule
-from featinv.training.rows import keep_config, on_device, prepare, training_rows
+from featinv.training.rows import held_out_images, keep_config, on_device, prepare, training_rows
 from featinv.training.runner import SafetensorsCheckpointIO, fit, last_checkpoint
 from featinv.training.teacher import EmbeddingTeacher
 from tools.train_prior import check_order, train_first_stage, write_prior
@@ -220,6 +222,20 @@ def test_training_images_may_be_named_by_a_folder_alone(tmp_path, backbone) -> N
         training_rows(config, module, tmp_path)
     module.inverter.size = FlatFolder(tmp_path)[0]["image"].shape[-1]
     assert len(training_rows(config, module, tmp_path)) == 3
+
+
+def test_a_stream_is_trained_on_uncached_with_a_word_and_not_held_out(tmp_path, backbone, caplog) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "a.jpg")
+        shard.add(tmp_path / "a.jpg", "a.jpg")
+    node = {"target": "featinv.data.shards.WebDatasetShards", "params": {"urls": str(tmp_path / "a.tar"), "size": 32}}
+    config = _experiment(tmp_path)
+    config.data.params.train = config.data.params.val = node
+    config.training.cache = True
+    assert isinstance(training_rows(config, _module(backbone), tmp_path), IterableDataset)
+    assert "streamed images are not cached" in caplog.text
+    with pytest.raises(UserError, match="val is a stream"):
+        held_out_images(config, 1)
 
 
 def whole_pictures(folder: str) -> FlatFolder:

@@ -82,6 +82,8 @@ def training_rows(config: DictConfig, module: InversionModule, folder: Path) -> 
     dataset, settings = load_part(config.data, "train"), config.training
     write_skipped(dataset, folder / "skipped.json")
     if isinstance(dataset, IterableDataset):
+        if settings.cache:
+            log.warning("streamed images are not cached: latents and features are computed in every step")
         return dataset
     check_size(dataset[0]["image"].shape[-1], module.inverter.size)
     if not settings.cache:
@@ -122,13 +124,15 @@ def held_out_images(config: DictConfig, count: int) -> Tensor:
     """The first `count` validation images, (N, 3, H, W) in [0, 1].
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or they are streamed.
     """
     if count < 1:
         raise UserError(f"training.probe_images must be at least 1, not {count}.")
     images = load_part(config.data, "val")
     if images is None:
         raise UserError("data.params.val is missing: training reports the feature cosine of held-out images.")
+    if isinstance(images, IterableDataset):
+        raise UserError("data.params.val is a stream, which cannot be looked up; take indexed shards (IndexedShards).")
     return torch.stack([images[i]["image"] for i in range(min(count, len(images)))])
 
 
